@@ -1,0 +1,250 @@
+import head_oracle
+import pytest
+import torch
+
+from pact_fast import linear_cross_entropy, linear_pact_loss
+from pact_fast.kernels.reference import linear_logprob as chunking
+
+T, R, H, V = 40, 57, 8, 53
+SETTINGS = {
+    "sft": {"use": ("sft_weight",)},
+    "on_policy": {"use": ("policy_weight", "advantages")},
+    "clipped": {
+        "use": ("policy_weight", "advantages", "old_logprobs"),
+        "epsilon_low": 0.1,
+        "epsilon_high": 0.3,
+    },
+    "dual_clip": {"use": ("policy_weight", "advantages", "old_logprobs"), "dual_clip": 1.5},
+    "kl": {"use": ("policy_weight", "advantages", "old_logprobs", "ref_logprobs"), "beta": 0.3},
+    "entropy": {"use": ("policy_weight", "advantages"), "entropy_coef": 0.2, "temperature": 0.8},
+    "all": {
+        "use": ("policy_weight", "advantages", "old_logprobs", "ref_logprobs", "sft_weight"),
+        "beta": 0.1,
+        "entropy_coef": 0.05,
+        "dual_clip": 2.0,
+        "softcap": 4.0,
+        "temperature": 1.2,
+    },
+}
+
+
+def problem(setting, *, rows=R, dtype=torch.float64, dead=0.3, seed=0):
+    """hidden, weight, bias and the arguments of one setting; a share of the rows is dead and full of NaN."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    leaves = [t.to(dtype).requires_grad_() for t in (draw(T, H), draw(V, H), draw(V))]
+    row_index = torch.randint(0, T, (rows,), generator=g)
+    target = torch.randint(0, V, (rows,), generator=g)
+    near = head_oracle.logprob_and_entropy(leaves[0][row_index], leaves[1], target, bias=leaves[2])[
+        0
+    ].detach()
+    values = {
+        "policy_weight": draw(rows).abs() / 10,
+        "advantages": draw(rows),
+        "old_logprobs": near + 0.5 * draw(rows),
+        "ref_logprobs": near + 0.5 * draw(rows),
+        "sft_weight": draw(rows).abs() / 10,
+    }
+    gone = torch.rand(rows, generator=g) < dead
+    for name, value in values.items():
+        value[gone] = 0.0 if name.endswith("weight") else float("nan")
+    target[gone] = -100
+    options = {k: v for k, v in SETTINGS[setting].items() if k != "use"}
+    return leaves, {
+        "target": target,
+        "row_index": row_index,
+        **{k: values[k] for k in SETTINGS[setting]["use"]},
+        **options,
+    }
+
+
+def run(function, leaves, args):
+    hidden, weight, bias = leaves
+    out = function(hidden, weight, bias=bias, **args)
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    return out, torch.autograd.grad(out[0], wanted)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_loss_its_parts_and_gradients_match_autograd_in_fp64(setting):
+    leaves, args = problem(setting)
+    out, grads = run(linear_pact_loss, leaves, args)
+    want, want_grads = run(head_oracle.pact_loss, leaves, args)
+    for got, expected in zip(
+        (out.loss, out.policy_loss, out.sft_loss, out.kl, out.entropy), want, strict=True
+    ):
+        torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+    for got, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_rows_are_hidden_rows_without_a_row_index():
+    leaves, args = problem("all", rows=T)
+    args["row_index"] = torch.arange(T)
+    _, want = run(linear_pact_loss, leaves, args)
+    del args["row_index"]
+    _, got = run(linear_pact_loss, leaves, args)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    leaves, args = problem("all")
+    whole, whole_grads = run(linear_pact_loss, leaves, args)
+    monkeypatch.setattr(chunking, "MIN_ROWS", 7)
+    monkeypatch.setattr(chunking, "CPU_CHUNK_BYTES", 1)
+    out, grads = run(linear_pact_loss, leaves, args)
+    for got, want in zip((*out, *grads), (*whole, *whole_grads), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+def test_clip_fraction_counts_rows_whose_clipped_branch_is_active():
+    hidden, weight = torch.zeros(6, 2), torch.zeros(4, 2)  # every log-prob is log(1/4)
+    lp = torch.full((6,), 0.25).log()
+    log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.0, 0.5])
+    out = linear_pact_loss(
+        hidden,
+        weight,
+        torch.zeros(6, dtype=torch.long),
+        policy_weight=torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0]),
+        advantages=torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0]),
+        old_logprobs=lp - log_ratio,
+    )
+    assert out.clip_fraction == pytest.approx(2 / 5)  # up on a positive, down on a negative advantage
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), ()])
+def test_each_gradient_is_made_alone(wanted):
+    leaves, args = problem("all")
+    _, want = run(linear_pact_loss, leaves, args)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    out = linear_pact_loss(leaves[0], leaves[1], bias=leaves[2], **args)
+    assert out.loss.requires_grad == bool(wanted)
+    if wanted:
+        out.loss.backward()
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is not None) == (i in wanted)
+        if i in wanted:
+            assert torch.equal(leaf.grad, want[i])
+
+
+def test_the_incoming_gradient_scales_the_outgoing_one():
+    leaves, args = problem("all")
+    _, once = run(linear_pact_loss, leaves, args)
+    (linear_pact_loss(leaves[0], leaves[1], bias=leaves[2], **args).loss * 3).backward()
+    for leaf, g in zip(leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * g)
+
+
+def test_a_second_backward_says_why_it_fails():
+    leaves, args = problem("sft")
+    loss = linear_pact_loss(leaves[0], leaves[1], **args).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="use linear_logprob"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17])
+def test_a_fully_masked_batch_is_exactly_zero(rows):
+    leaves, args = problem("all", rows=rows, dead=1.1)
+    out, grads = run(linear_pact_loss, leaves, args)
+    for value in (*out, *grads):
+        assert not value.any()
+
+
+def test_a_dead_row_with_nan_hidden_adds_nothing():
+    leaves, args = problem("sft", rows=T, dead=0.0)
+    args |= {"row_index": torch.arange(T)}
+    args["sft_weight"][3] = 0.0
+    _, want = run(linear_pact_loss, leaves, args)
+    leaves[0].data[3] = float("nan")
+    out, got = run(linear_pact_loss, leaves, args)
+    assert torch.isfinite(out.loss)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_infinite_ratio_with_zero_advantage_is_no_nan():
+    leaves, args = problem("clipped", dead=0.0)
+    args["old_logprobs"] -= 1e4
+    args["advantages"] *= 0
+    out, grads = run(linear_pact_loss, leaves, args)
+    assert out.loss == 0
+    assert not any(g.any() for g in grads)
+
+
+def test_first_update_has_ratio_one():
+    """old = the policy's own log-probs gives the same loss and gradients as no old log-probs at all."""
+    leaves, args = problem("on_policy", dead=0.0)
+    first, grads = run(linear_pact_loss, leaves, args)
+    again, same = run(linear_pact_loss, leaves, args | {"old_logprobs": first.logprobs})
+    assert again.clip_fraction == 0
+    for a, b in zip((*first, *grads), (*again, *same), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_cross_entropy_matches_autograd(reduction, masked):
+    leaves, args = problem("sft", rows=T)
+    x, w, b = leaves
+    weights = args["sft_weight"] if masked else None
+    target = args["target"] if masked else args["target"].clamp(min=0)
+    got = linear_cross_entropy(
+        x, w, target, token_weight=weights, reduction=reduction, bias=b, temperature=0.9
+    )
+    u = torch.ones(T, dtype=torch.float64) if weights is None else weights
+    lp, _ = head_oracle.logprob_and_entropy(x, w, target.clamp(min=0), bias=b, temperature=0.9)
+    want = {"sum": (u * -lp).sum(), "mean": (u * -lp).sum() / u.sum(), "none": u * -lp}[reduction]
+    torch.testing.assert_close(got.detach(), want.detach())
+    grads = [torch.autograd.grad(v.sum(), leaves) for v in (got, want)]
+    for g, e in zip(*grads, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_cross_entropy_equals_torch():
+    leaves, args = problem("sft", rows=T, dead=0.0)
+    x, w, b = leaves
+    want = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w, b), args["target"])
+    torch.testing.assert_close(linear_cross_entropy(x, w, args["target"], reduction="mean", bias=b), want)
+
+
+BAD = {
+    "policy_weight and sft_weight are both None": {
+        "policy_weight": None,
+        "advantages": None,
+        "sft_weight": None,
+    },
+    "policy_weight and advantages belong together": {"advantages": None},
+    "policy_weight must be finite and >= 0, got -1": {"policy_weight": torch.full((R,), -1.0)},
+    "sft_weight must be finite and >= 0, got nan": {"sft_weight": torch.full((R,), float("nan"))},
+    "target must be in .0, 53. on a row with a weight": {"target": torch.full((R,), 53)},
+    "row_index must be in .0, 40., got 40": {"row_index": torch.full((R,), 40)},
+    "advantages must be .57.": {"advantages": torch.zeros(R - 1)},
+    "old_logprobs requires a gradient": {"old_logprobs": torch.zeros(R, requires_grad=True)},
+    "beta=0.1 needs ref_logprobs": {"ref_logprobs": None},
+    "dual_clip must be > 1": {"dual_clip": 0.5},
+    "epsilon_low must be finite and >= 0": {"epsilon_low": -0.1},
+    "sft_weight is on meta": {"sft_weight": torch.zeros(R, device="meta")},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    leaves, args = problem("all", dead=0.0)
+    with pytest.raises(ValueError, match=message):
+        linear_pact_loss(leaves[0], leaves[1], bias=leaves[2], **args | BAD[message])
+
+
+def test_options_without_a_policy_term_are_refused():
+    leaves, args = problem("sft")
+    for extra in ({"beta": 0.1}, {"entropy_coef": 0.1}, {"old_logprobs": args["sft_weight"]}):
+        with pytest.raises(ValueError, match="has no effect without policy_weight"):
+            linear_pact_loss(leaves[0], leaves[1], **args, **extra)
+    with pytest.raises(ValueError, match="reduction must be"):
+        linear_cross_entropy(
+            leaves[0], leaves[1], args["target"], reduction="avg", row_index=args["row_index"]
+        )
+    with pytest.raises(ValueError, match="token_weight must have the shape"):
+        linear_cross_entropy(leaves[0], leaves[1], args["target"], token_weight=torch.ones(3))
