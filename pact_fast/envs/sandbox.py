@@ -1,0 +1,204 @@
+"""Tool calls in worker processes, batched, with a wall-time limit per call.
+
+`Sandbox.run(calls)` spreads the calls over the workers, pipelines them, and gives one `CallResult` per call
+in order. A worker that hangs or dies is replaced; the call it was at gets an error, the calls behind it are
+run elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("sandbox_worker.py")
+MAX_PROGRAMS = 2048  # per worker, then it starts over
+MAX_RESPONSE = 4 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Program:
+    """Python source that defines tools; `constants` become globals. fresh: a new namespace for every call."""
+
+    source: str
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = True
+
+    @cached_property
+    def key(self) -> str:
+        text = json.dumps([self.source, self.constants, self.fresh], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SandboxCall:
+    program: Program
+    function: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """kind: "ok" (value holds what the tool returned), "error" (the tool raised), "timeout" or "died"."""
+
+    kind: str
+    value: Any = None
+    error: str = ""
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self.stdin, False)
+        os.set_blocking(self.stdout, False)
+        self.programs: set[str] = set()
+        self.outgoing = bytearray()
+        self.incoming = bytearray()
+        self.pending: deque[int] = deque()
+        self.deadline = float("inf")
+
+    def submit(self, index: int, call: SandboxCall) -> None:
+        if call.program.key not in self.programs:
+            if len(self.programs) >= MAX_PROGRAMS:
+                self._send({"forget": True})
+                self.programs.clear()
+            program = call.program
+            self._send(
+                {
+                    "program": program.key,
+                    "source": program.source,
+                    "constants": dict(program.constants),
+                    "fresh": program.fresh,
+                }
+            )
+            self.programs.add(program.key)
+        self._send(
+            {
+                "id": index,
+                "program": call.program.key,
+                "function": call.function,
+                "arguments": dict(call.arguments),
+            }
+        )
+        self.pending.append(index)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode()
+        self.outgoing += struct.pack("<I", len(data)) + data
+
+    def write(self) -> None:
+        written = os.write(self.stdin, memoryview(self.outgoing)[: 1 << 16])
+        del self.outgoing[:written]
+
+    def read(self) -> list[dict[str, Any]]:
+        """The complete frames that have arrived. Raises EOFError when the worker is gone, ValueError on
+        garbage."""
+        chunk = os.read(self.stdout, 1 << 16)
+        if not chunk:
+            raise EOFError
+        self.incoming += chunk
+        frames = []
+        while len(self.incoming) >= 4:
+            size = struct.unpack_from("<I", self.incoming)[0]
+            if size > MAX_RESPONSE:
+                raise ValueError("response too long")
+            if len(self.incoming) < 4 + size:
+                break
+            frames.append(json.loads(self.incoming[4 : 4 + size]))
+            del self.incoming[: 4 + size]
+        return frames
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.stdout.close()  # type: ignore[union-attr]
+
+
+class Sandbox:
+    """A pool of `workers` processes; `time_limit` is wall seconds per call."""
+
+    def __init__(self, *, workers: int = 1, time_limit: float = 5.0) -> None:
+        self.time_limit = time_limit
+        self.count = workers
+        self.workers: list[_Worker] = []
+
+    def run(self, calls: Sequence[SandboxCall]) -> list[CallResult]:
+        results: dict[int, CallResult] = {}
+        todo = deque(range(len(calls)))
+        while len(results) < len(calls):
+            while len(self.workers) < self.count:
+                self.workers.append(_Worker())
+            for turn, index in enumerate(todo):
+                self.workers[turn % len(self.workers)].submit(index, calls[index])
+            todo.clear()
+            self._exchange(results, todo)
+        return [results[i] for i in range(len(calls))]
+
+    def _exchange(self, results: dict[int, CallResult], todo: deque[int]) -> None:
+        """Moves frames until no worker has a call pending; calls of dead workers go back to `todo`."""
+        for worker in self.workers:
+            worker.deadline = time.monotonic() + self.time_limit
+        while busy := [w for w in self.workers if w.pending]:
+            readers = {w.stdout: w for w in busy}
+            writers = {w.stdin: w for w in busy if w.outgoing}
+            wait = max(0.0, min(w.deadline for w in busy) - time.monotonic())
+            readable, writable, _ = select.select(list(readers), list(writers), [], wait)
+            for fd in writable:
+                self._guard(writers[fd], writers[fd].write, results, todo)
+            for fd in readable:
+                self._guard(readers[fd], lambda w=readers[fd]: self._collect(w, results), results, todo)
+            now = time.monotonic()
+            for worker in busy:
+                if worker in self.workers and worker.pending and now > worker.deadline:
+                    self._replace(
+                        worker,
+                        CallResult("timeout", error=f"no result in {self.time_limit:g} s"),
+                        results,
+                        todo,
+                    )
+
+    def _collect(self, worker: _Worker, results: dict[int, CallResult]) -> None:
+        for frame in worker.read():
+            index = worker.pending.popleft()
+            if frame["id"] != index:
+                raise ValueError("answer to another call")
+            results[index] = CallResult(frame["kind"], frame.get("value"), frame.get("error", ""))
+            worker.deadline = time.monotonic() + self.time_limit
+
+    def _guard(self, worker: _Worker, action, results, todo) -> None:
+        if worker not in self.workers:
+            return
+        try:
+            action()
+        except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
+            died = CallResult("died", error=f"the tool ended its process ({type(error).__name__})")
+            self._replace(worker, died, results, todo)
+
+    def _replace(self, worker: _Worker, result: CallResult, results, todo) -> None:
+        if worker.pending:
+            results[worker.pending.popleft()] = result
+        todo.extend(worker.pending)
+        self.workers.remove(worker)
+        worker.kill()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        self.workers = []
