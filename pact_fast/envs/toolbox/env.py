@@ -1,0 +1,177 @@
+"""The toolbox environment: `ToolboxEnv` (the ToolEnv protocol) and `base_records` for the recipe of the
+base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pact_fast.data.chat import AssistantTurn, ToolCall
+from pact_fast.data.records import Record
+from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.sandbox import CallResult, Program, Sandbox, SandboxCall
+from pact_fast.envs.toolbox import tools
+from pact_fast.envs.toolbox.expert import Trace, write_trace
+from pact_fast.envs.toolbox.questions import Task, draw_task, offered_tools
+from pact_fast.envs.toolbox.reward import newly_solved, right_answers, solve_f1
+from pact_fast.envs.toolbox.settings import ToolboxSettings
+from pact_fast.envs.toolbox.worlds import World, build_world, schema
+
+SYSTEM = "Use the tools. Then answer with each value in double quotes."
+SPLITS = ("train", "validation", "test")
+INVALID = ("malformed", "unknown_tool", "bad_arguments")
+
+
+@dataclass
+class ToolboxEpisode(Episode):
+    open_values: list[str] = field(default_factory=list)
+    solved: int = 0
+    valid_calls: int = 0
+    seen: set[str] = field(default_factory=set)
+    final: str = ""
+
+
+class ToolboxEnv:
+    """Multi-hop questions over small random worlds. `records` is a pure function of the settings."""
+
+    name = "toolbox"
+    Settings = ToolboxSettings
+
+    def __init__(self, settings: ToolboxSettings | None = None) -> None:
+        self.settings = settings or ToolboxSettings()
+        self.sandbox = Sandbox(workers=self.settings.workers, time_limit=self.settings.time_limit)
+        self._programs: dict[str, Program] = {}
+
+    def records(self, split: str) -> list[Record]:
+        if split not in SPLITS:
+            raise ValueError(f"split: one of {', '.join(SPLITS)}, got {split!r}")
+        count = getattr(self.settings, f"{split}_tasks")
+        return [_task_record(self.settings, split, i) for i in range(count)]
+
+    def start(self, records: Sequence[Record]) -> list[ToolboxEpisode]:
+        return [ToolboxEpisode(r, open_values=[s["value"] for s in r.env["steps"]]) for r in records]
+
+    def step(self, episodes: Sequence[ToolboxEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
+        jobs = [
+            SandboxCall(
+                self._program(episode.record), "call_here", {"name": call.name, "arguments": call.arguments}
+            )
+            for episode, turn in zip(episodes, turns, strict=True)
+            for call in turn.tool_calls
+            if call.error is None
+        ]
+        results = iter(self.sandbox.run(jobs))
+        return [self._step_one(episode, turn, results) for episode, turn in zip(episodes, turns, strict=True)]
+
+    def finish(self, episodes: Sequence[ToolboxEpisode], truncated: Sequence[str | None]) -> list[Outcome]:
+        return [self._outcome(e, cut) for e, cut in zip(episodes, truncated, strict=True)]
+
+    def close(self) -> None:
+        self.sandbox.close()
+
+    def _program(self, record: Record) -> Program:
+        if record.id not in self._programs:
+            self._programs[record.id] = Program(_tools_source(), {"WORLD": record.env["world"]}, fresh=False)
+        return self._programs[record.id]
+
+    def _step_one(self, episode: ToolboxEpisode, turn: AssistantTurn, results: Any) -> StepResult:
+        if not turn.tool_calls:
+            episode.final, episode.done = turn.content, True
+            right = self._right(episode)
+            return StepResult(done=True, reward=right / len(episode.record.env["answers"]))
+        responses = []
+        before = episode.solved
+        for call in turn.tool_calls:
+            kind, text = _response(call, None if call.error is not None else next(results))
+            self._count(episode, call, kind, text)
+            responses.append(text)
+        episode.done = episode.invalid_in_a_row >= self.settings.max_consecutive_invalid
+        reward = 2 * (episode.solved - before) / (len(responses) + 1)
+        return StepResult(tuple(responses), done=episode.done, reward=reward)
+
+    def _count(self, episode: ToolboxEpisode, call: ToolCall, kind: str, text: str) -> None:
+        episode.calls += 1
+        episode.invalid_in_a_row = episode.invalid_in_a_row + 1 if kind in INVALID else 0
+        if kind != "ok":
+            episode.count_failure("bad_arguments" if kind == "malformed" else kind)
+            return
+        episode.valid_calls += 1
+        signature = f"{call.name} {sorted((call.arguments or {}).items())}"
+        value = newly_solved(text, episode.open_values) if signature not in episode.seen else None
+        episode.seen.add(signature)
+        if value is not None:
+            episode.open_values.remove(value)
+            episode.solved += 1
+
+    def _right(self, episode: ToolboxEpisode) -> int:
+        env = episode.record.env
+        return right_answers(episode.final, env["answers"], len(env["starts"]))
+
+    def _outcome(self, episode: ToolboxEpisode, truncated: str | None) -> Outcome:
+        env = episode.record.env
+        right, sub_answers = self._right(episode), len(env["steps"])
+        solved = right == len(env["answers"])
+        f1 = solve_f1(
+            solved=episode.solved,
+            sub_answers=sub_answers,
+            calls=episode.calls,
+            right=right,
+            answers=len(env["answers"]),
+            answer_weight=self.settings.answer_weight,
+        )
+        formless = episode.valid_calls == 0 and '"' not in episode.final
+        scores = {
+            "solve_f1": f1,
+            "solve_p": episode.solved / episode.calls if episode.calls else 1.0,
+            "solve_r": episode.solved / sub_answers,
+        }
+        failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
+        reward = self.settings.no_format_reward if formless else f1
+        return Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+
+
+def _response(call: ToolCall, result: CallResult | None) -> tuple[str, str]:
+    if result is None:
+        return "malformed", f"Error: the call could not be read: {call.error}"[:80]
+    if result.kind == "ok":
+        return result.value[0], result.value[1]
+    return "tool_error", f"Error: {call.name} failed: {result.error}"[:80]
+
+
+@cache
+def _tools_source() -> str:
+    return Path(tools.__file__).read_text()
+
+
+def _task_record(settings: ToolboxSettings, split: str, index: int) -> Record:
+    """Task `index` of a split. Its generator is seeded by the split's name, so that worlds of splits never
+    meet."""
+    rng = Random(f"toolbox/{settings.seed}/{split}/{index}")
+    world = build_world(rng, settings.difficulty)
+    held_out = split != "train" and rng.random() < settings.shift
+    hops = settings.train_hops if split == "train" else settings.eval_hops
+    task = draw_task(rng, world, settings.difficulty, hops, settings.two_part_share, held_out)
+    offered = offered_tools(rng, task, settings.difficulty)
+    right, detour = rng.random() < settings.success_rate, rng.random() < settings.detour_rate
+    trace = write_trace(rng, world, task, offered, right=right, detour=detour)
+    return make_record(f"toolbox/{settings.seed}/{split}/{index}", world, task, offered, trace)
+
+
+def make_record(record_id: str, world: World, task: Task, offered: Sequence[str], trace: Trace) -> Record:
+    env = {
+        "world": world,
+        "kind": task.kind,
+        "hops": task.hops,
+        "wording": task.wording,
+        "starts": list(task.starts),
+        "steps": [{"tool": step.tool, "label": step.label, "value": step.value} for step in task.steps],
+        "answers": list(task.answers),
+        "expert": {"solves": trace.solves, "calls": trace.calls, "detours": trace.detours},
+    }
+    prompt = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": task.question})
+    schemas = tuple(schema(name, world) for name in offered)
+    return Record(record_id, prompt, schemas, tuple(trace.messages), env, "toolbox")
