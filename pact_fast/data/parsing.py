@@ -1,0 +1,204 @@
+"""Reading an assistant turn as models really write it.
+
+Rules, in this order (each has a test of its name in tests/data/test_parsing.py):
+
+1. Reasoning is what stands before the first `</think>`, with or without an opening `<think>`. Calls inside
+   a closed thinking block are thoughts: they are not run.
+2. A thinking block that is never closed: on a turn cut by the length limit all of it is reasoning. On a
+   turn that the model ended itself, the reasoning stops at the first tool call and the calls count: it
+   forgot the closing tag.
+3. hermes: every `<tool_call>` ... `</tool_call>` block holds calls, in order. A missing closing tag ends
+   the block at the next opening tag or at the end of the turn; a turn cut inside a block yields a call with
+   an error. JSON without tags is text, not a call.
+   llama: the turn, less its reasoning, is calls if it starts with `{` or `[` (after an optional
+   <|python_tag|> and one code fence); objects may follow each other, separated by blanks, `;` or `,`.
+4. A block may hold one object, a list of objects, or several objects in a row: each is a call.
+5. Repairs before a block counts as broken: code fences, raw line breaks in strings, trailing commas, Python
+   literals (single quotes, True/None) and up to three missing closing brackets.
+6. `arguments` or `parameters`, as an object or as JSON text of one; {"function": {...}} is unwrapped; absent
+   arguments are {}. Anything else is a call with `error` set and arguments None: the environment answers it
+   with the error and it counts as a call.
+7. What is outside reasoning and calls is the content.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pact_fast.data.formats import CALL_CLOSE, CALL_OPEN, THINK_CLOSE, THINK_OPEN, CallSyntax
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call. `arguments` is None and `error` says why where it could not be read; `raw` is the text of
+    it.
+    """
+
+    name: str
+    arguments: dict | None
+    error: str | None
+    raw: str
+
+
+@dataclass(frozen=True)
+class AssistantTurn:
+    """One parsed turn; `complete` is False where the length limit cut it."""
+
+    reasoning: str
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    raw: str
+    complete: bool
+
+
+def parse_turn(text: str, syntax: CallSyntax, *, complete: bool) -> AssistantTurn:
+    """Parse the text of one assistant turn (without its end-of-turn token) by the rules of this module."""
+    reasoning, rest = _split_reasoning(text, syntax, complete)
+    if syntax.tagged:
+        blocks, content = _tagged_blocks(rest)
+    else:
+        blocks, content = _bare_block(rest)
+    calls: list[ToolCall] = []
+    for block, closed in blocks:
+        if not closed and not complete and syntax.tagged:
+            calls.append(ToolCall("", None, "the call was cut off by the length limit", block))
+        else:
+            calls.extend(_read_calls(block))
+    return AssistantTurn(reasoning, content, tuple(calls), text, complete)
+
+
+def _split_reasoning(text: str, syntax: CallSyntax, complete: bool) -> tuple[str, str]:
+    before, close, after = text.partition(THINK_CLOSE)
+    if close:
+        return before.replace(THINK_OPEN, "", 1).strip(), after
+    if THINK_OPEN not in text:
+        return "", text
+    lead, _, thought = text.partition(THINK_OPEN)
+    start = thought.find(CALL_OPEN) if syntax.tagged else -1
+    if not complete or start < 0:
+        return thought.strip(), lead
+    return thought[:start].strip(), lead + thought[start:]
+
+
+def _tagged_blocks(text: str) -> tuple[list[tuple[str, bool]], str]:
+    first, *rest = text.split(CALL_OPEN)
+    blocks, outside = [], [first]
+    for part in rest:
+        body, close, after = part.partition(CALL_CLOSE)
+        blocks.append((body.strip(), bool(close)))
+        outside.append(after)
+    content = "\n".join(piece.strip() for piece in outside if piece.strip())
+    return blocks, content.replace(CALL_CLOSE, "").strip()
+
+
+def _bare_block(text: str) -> tuple[list[tuple[str, bool]], str]:
+    body = _strip_fence(text.replace("<|python_tag|>", "", 1))
+    if body.startswith(("{", "[")):
+        return [(body, True)], ""
+    # A sentence before the calls is content, as in the hermes format.
+    start = re.search(r'^\s*\{\s*"(?:name|function)"', body, re.MULTILINE)
+    if start is None:
+        return [], text.strip()
+    return [(body[start.start() :].strip(), True)], body[: start.start()].strip()
+
+
+def _strip_fence(text: str) -> str:
+    match = re.fullmatch(r"```[a-z_]*\n(.*?)\n?```", text.strip(), re.DOTALL)
+    return (match.group(1) if match else text).strip()
+
+
+def _read_calls(block: str) -> list[ToolCall]:
+    block = _strip_fence(block)
+    if not block:
+        return [ToolCall("", None, "the call is empty", block)]
+    values, problem = _read_values(block)
+    if problem is not None:
+        return [ToolCall(_guess_name(block), None, problem, block)]
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    if not flat:
+        return [ToolCall("", None, "the call is an empty list", block)]
+    if len(flat) == 1:
+        return [_to_call(flat[0], block)]
+    return [_to_call(item, json.dumps(item, ensure_ascii=False)) for item in flat]
+
+
+def _read_values(block: str) -> tuple[list[Any], str | None]:
+    """JSON values that fill `block`, repaired where rule 5 allows; or what is wrong with it."""
+    decoder = json.JSONDecoder(strict=False)
+    values, position, problem = [], 0, None
+    while position < len(block):
+        try:
+            value, position = decoder.raw_decode(block, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            problem = f"the call is not JSON: {error}"
+            break
+        values.append(value)
+        position = re.compile(r"[\s;,]*").match(block, position).end()  # type: ignore[union-attr]
+    if problem is None:
+        return values, None
+    repaired = _repair(block)
+    return ([], problem) if repaired is None else ([repaired], None)
+
+
+def _repair(block: str) -> Any | None:
+    candidate = re.sub(r",\s*([}\]])", r"\1", block)
+    for closing in ("", *_missing_brackets(candidate)):
+        try:
+            return json.loads(candidate + closing, strict=False)
+        except (json.JSONDecodeError, RecursionError):
+            pass
+    if len(block) <= 10_000:  # literal_eval's parser is slow and deep on hostile text
+        try:
+            value = ast.literal_eval(block)
+            json.dumps(value, allow_nan=False)
+            return value if isinstance(value, dict | list) else None
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pass
+    return None
+
+
+def _missing_brackets(text: str) -> tuple[str, ...]:
+    """The closing brackets that `text` lacks, at most three."""
+    stack: list[str] = []
+    in_string = escaped = False
+    for char in text:
+        if in_string:
+            in_string = escaped or char != '"'
+            escaped = char == "\\" and not escaped
+        elif char == '"':
+            in_string = True
+        elif char in "{[":
+            stack.append("}" if char == "{" else "]")
+        elif char in "}]" and stack:
+            stack.pop()
+    if in_string or not 0 < len(stack) <= 3:
+        return ()
+    return ("".join(reversed(stack)),)
+
+
+def _guess_name(block: str) -> str:
+    match = re.search(r'["\']name["\']\s*:\s*["\']([^"\'\n]{1,100})["\']', block)
+    return match.group(1) if match else ""
+
+
+def _to_call(value: Any, raw: str) -> ToolCall:
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    if not isinstance(value, dict):
+        return ToolCall("", None, f"a call must be a JSON object, got {type(value).__name__}", raw)
+    name = value.get("name", value.get("function"))
+    if not isinstance(name, str) or not name:
+        return ToolCall("", None, "the call has no name", raw)
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments, strict=False)
+        except (json.JSONDecodeError, RecursionError) as error:
+            return ToolCall(name, None, f"arguments are not JSON: {error}", raw)
+    if not isinstance(arguments, dict):
+        return ToolCall(name, None, f"arguments must be a JSON object, got {type(arguments).__name__}", raw)
+    return ToolCall(name, arguments, None, raw)
