@@ -11,8 +11,17 @@ from torch import Tensor
 
 from pact_fast.kernels.linear_logprob import linear_logprob_op
 from pact_fast.kernels.linear_pact_loss import linear_pact_loss_op
+from pact_fast.kernels.tree_plan import TreePlan, check_qkv, run, tree_plan
 
-__all__ = ["PactLossOutput", "linear_cross_entropy", "linear_logprob", "linear_pact_loss"]
+__all__ = [
+    "PactLossOutput",
+    "TreePlan",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "linear_pact_loss",
+    "tree_attention",
+    "tree_plan",
+]
 
 
 class PactLossOutput(NamedTuple):
@@ -249,6 +258,56 @@ def _logprobs_and_entropy(
     impl = _choose(impl, hidden)
     logprobs, entropy, _ = linear_logprob_op(hidden, weight, target, bias, float(temperature), cap, impl)
     return logprobs, entropy
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    plan: TreePlan | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention in a token tree: every token sees its ancestors and itself.
+
+    Equals::
+
+        i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+        mask = (j <= i) & (i < subtree_end[None])                      # & (depth_i - depth_j < window)
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)  # heads first
+
+    Args:
+        q: [T, Hq, D] float. k, v: [T, Hkv, D] of the same dtype; Hkv divides Hq.
+        subtree_end: [T] int32, `TreePack.subtree_end`.
+        scale: of the scores; None: D ** -0.5.
+        window: sliding window in tokens of depth (a token sees itself and window - 1 ancestors); None: all
+            ancestors.
+        plan: `tree_plan` of the same tree, to be made once where many calls share a tree; None: made here.
+        impl: "auto" or "torch".
+
+    Returns:
+        [T, Hq, D] in the dtype of q; differentiable in q, k and v.
+
+    Raises:
+        ValueError, TypeError: naming the argument; also where `subtree_end` is not a tree.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as SDPA does
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_qkv(q, k, v, subtree_end)
+    if plan is None:
+        plan = tree_plan(subtree_end, window=window, impl=impl)
+    elif plan.num_tokens != q.shape[0] or plan.window != window:
+        raise ValueError(
+            f"plan is of {plan.num_tokens} tokens and window {plan.window}, the call has {q.shape[0]} tokens "
+            f"and window {window}: make a plan for each tree and window"
+        )
+    elif impl != "auto" and impl != plan.impl:
+        raise ValueError(f"impl={impl!r}, but plan was made for {plan.impl!r}")
+    return run(plan, q, k, v, subtree_end, scale)
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

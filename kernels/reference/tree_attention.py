@@ -1,0 +1,174 @@
+"""Tree attention in plain PyTorch: the shipped reference, any device, any float dtype.
+
+    token i attends to j   iff   j <= i < subtree_end[j]      (and depth[i] - depth[j] < window, if a window
+    is given)
+
+The pack is cut into blocks of neighbouring queries that share all their ancestors. The keys of a block are
+those ancestors, gathered, and the block itself; each block is one dense SDPA call with a small mask. So work
+is done for visible pairs and for little else, and K/V are never repeated over the query heads of a group.
+
+Shapes: T packed tokens, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 192  # queries a block may hold: larger wastes masked pairs, smaller gathers ancestors more often
+
+
+def tree_mask(subtree_end: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Dense mask [T, T] bool, True where query i (row) attends to key j (column)."""
+    index = torch.arange(subtree_end.numel(), device=subtree_end.device)
+    mask = (index[None] <= index[:, None]) & (index[:, None] < subtree_end[None])
+    if window is not None:
+        depth = mask.sum(1) - 1
+        mask &= depth[:, None] - depth[None] < window
+    return mask
+
+
+def tree_attention_dense(q, k, v, subtree_end, *, scale=None, window=None):
+    """The definition, with all T x T pairs: returns (out [T, Hq, D], lse [T, Hq]) in the dtype of `q`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    score = torch.einsum("ihd,jhd->hij", q, k) * scale
+    score = score.masked_fill(~tree_mask(subtree_end, window), float("-inf"))
+    return torch.einsum("hij,jhd->ihd", score.softmax(-1), v), score.logsumexp(-1).T
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [start, stop), where their keys lie in the gathered K/V, and the mask (None: plain causal)."""
+
+    start: int
+    stop: int
+    keys: slice
+    mask: torch.Tensor | None  # [stop - start, keys] bool
+
+
+@dataclass
+class BlockPlan:
+    """Blocks of one tree, made once, used by every layer; `gather`: packed index of all blocks' keys."""
+
+    blocks: list[Block]
+    gather: torch.Tensor  # [K] int64
+    window: int | None
+    _bias: dict[tuple, list] = field(default_factory=dict)
+
+    def bias(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """Additive masks in the dtype of the queries, kept: SDPA would convert a bool mask on every call."""
+        if dtype not in self._bias:
+            self._bias[dtype] = [
+                None
+                if block.mask is None
+                else torch.zeros(block.mask.shape, dtype=dtype, device=block.mask.device).masked_fill_(
+                    ~block.mask, float("-inf")
+                )
+                for block in self.blocks
+            ]
+        return self._bias[dtype]
+
+
+def _runs(end: list[int]) -> list[tuple[int, int]]:
+    """Unbranched runs [start, stop) of the tree in pre-order: neighbours whose subtrees end together."""
+    cuts = [i for i in range(len(end)) if i == 0 or end[i] != end[i - 1]] + [len(end)]
+    return list(pairwise(cuts))
+
+
+def _cut(end: list[int], block: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """Blocks (start, stop, ancestor ranges): sibling subtrees together if they fit, long runs in pieces."""
+    stops = dict(_runs(end))
+    out: list[tuple[int, int, list[tuple[int, int]]]] = []
+    stack: list[tuple[int, int, list[tuple[int, int]]]] = [
+        (0, len(end), [])
+    ]  # sibling ranges still to be cut
+    while stack:
+        at, limit, path = stack.pop()
+        if at == limit:
+            continue
+        first = at
+        while at < limit and end[at] - first <= block:
+            at = end[at]
+        if at > first:
+            out.append((first, at, path))
+        else:
+            at, stop = end[first], stops[first]
+            if path:
+                for piece in range(first, stop, block):
+                    out.append((piece, min(piece + block, stop), [*path, (first, piece)]))
+            else:
+                out.append((first, stop, path))
+            stack.append((at, limit, path))  # later siblings, after the children
+            at, limit, path = stop, at, [*path, (first, stop)]
+        stack.append((at, limit, path))
+    return out
+
+
+def block_plan(subtree_end: torch.Tensor, *, window: int | None = None, block: int = BLOCK) -> BlockPlan:
+    """Cut a tree into blocks. `subtree_end` [T] int32 must be a tree (see `TreePack.check`)."""
+    device = subtree_end.device
+    ends = subtree_end.cpu().long()
+    pieces, blocks, at = [], [], 0
+    depth = None
+    if window is not None:
+        # tokens whose interval is still open at i, less itself
+        closed = torch.bincount(ends, minlength=ends.numel() + 1).cumsum(0)[: ends.numel()]
+        depth = torch.arange(ends.numel()) - closed
+    for start, stop, path in _cut(ends.tolist(), block):
+        own = torch.arange(start, stop)
+        index = torch.cat([*(torch.arange(a, b) for a, b in path), own])
+        mask = None
+        if path or window is not None or not bool((ends[own] >= stop).all()):
+            mask = torch.ones(stop - start, index.numel(), dtype=torch.bool)
+            mask[:, index.numel() - own.numel() :] = (own[None] <= own[:, None]) & (
+                own[:, None] < ends[own][None]
+            )
+            if depth is not None:
+                mask &= depth[own][:, None] - depth[index][None] < window
+            mask = mask.to(device)
+        pieces.append(index)
+        blocks.append(Block(start, stop, slice(at, at + index.numel()), mask))
+        at += index.numel()
+    gather = torch.cat(pieces) if pieces else ends
+    return BlockPlan(blocks, gather.to(device), window)
+
+
+def tree_attention(q, k, v, subtree_end, *, scale=None, window=None, plan: BlockPlan | None = None):
+    """out [T, Hq, D] in the dtype of `q`; differentiable in q [T, Hq, D], k and v [T, Hkv, D].
+
+    `plan`: the `block_plan` of the same tree, where one is kept; else it is made here.
+    """
+    if plan is None:
+        plan = block_plan(subtree_end, window=window)
+    if not plan.blocks:
+        return torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
+    kv_heads, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    keys = k.index_select(0, plan.gather)
+    values = v.index_select(0, plan.gather)
+    queries = q.unflatten(1, (kv_heads, group))
+    sizes = [
+        block.mask.shape[1] if block.mask is not None else block.stop - block.start for block in plan.blocks
+    ]
+    out = []
+    for q_block, k_block, v_block, bias in zip(
+        queries.split([block.stop - block.start for block in plan.blocks]),
+        keys.split(sizes),
+        values.split(sizes),
+        plan.bias(q.dtype),
+        strict=True,
+    ):
+        rows = k_block.shape[0]
+        o = F.scaled_dot_product_attention(
+            q_block.permute(1, 2, 0, 3),  # [Hkv, G, n, D]
+            k_block.transpose(0, 1)[:, None].expand(kv_heads, group, rows, dim),
+            v_block.transpose(0, 1)[:, None].expand(kv_heads, group, rows, dim),
+            attn_mask=bias,
+            is_causal=bias is None,
+            scale=scale,
+        )
+        out.append(o.permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(out)

@@ -1,0 +1,204 @@
+"""A Hugging Face causal LM whose hidden states can be computed for a whole token tree at once.
+
+The model stays what it was: weights, generation, caches and its own attention are untouched. Only inside
+`Policy.hidden`, and while its checkpointed layers are recomputed in the backward, is the attention switched
+to ours. Any other attention would silently misread the position ids of a tree as packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+
+from pact_fast.ops import tree_attention, tree_plan
+from pact_fast.packing import TreePack
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
+_LAYERS = ("full_attention", "sliding_attention")
+
+
+class HeadParams(NamedTuple):
+    """The LM head: logits = scale * (hidden @ weight.T + bias), softcapped where softcap is given."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    scale: float
+
+
+def _pact_tree_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, T, D], rotated
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    pact_tree: _TreeCall | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a layer, as transformers' AttentionInterface calls it."""
+    if pact_tree is None:
+        raise RuntimeError(f"attention {ATTENTION!r} runs inside Policy.hidden only: it needs a TreePack")
+    unsupported = {"softcap": softcap, "attention sinks": s_aux, "attention_mask": attention_mask}
+    if names := [name for name, value in unsupported.items() if value is not None] + ["dropout"] * bool(
+        dropout
+    ):
+        raise ValueError(f"{type(module).__name__}: tree attention does not support {', '.join(names)}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    plan = pact_tree.plan(sliding_window)
+    out = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, _pact_tree_attention)
+
+
+class _TreeCall:
+    """One pack on its way through the layers; plans are made once and shared by all of them."""
+
+    def __init__(self, subtree_end: Tensor, impl: str) -> None:
+        self.subtree_end = subtree_end
+        self.impl = impl
+        self._plans: dict[int | None, Any] = {}
+
+    def plan(self, window: int | None):
+        if window not in self._plans:
+            self._plans[window] = tree_plan(self.subtree_end, window=window, impl=self.impl)
+        return self._plans[window]
+
+
+class Policy:
+    """A causal LM (Qwen3, Qwen2/2.5, Llama and SmolLM2 families) that runs on token trees.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model around one.
+        attention: implementation of `ops.tree_attention`: "auto", "torch", ...
+        gradient_checkpointing: recompute every decoder layer in the backward instead of keeping its
+            activations.
+
+    ValueError names what a tree cannot go through: other families, recurrent or linear-attention layers,
+    attention sinks, RoPE that depends on the sequence's length, attention dropout in training.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, attention: str = "auto", gradient_checkpointing: bool = False
+    ) -> None:
+        unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
+        causal: Any = unwrap() if unwrap else model
+        _check_model(causal)
+        self.model = model
+        self.attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
+        self._causal: Any = causal
+        self._layers: list[Any] = [m for m in causal.modules() if hasattr(type(m), "gradient_checkpointing")]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._causal.parameters()).device
+
+    @property
+    def head(self) -> HeadParams:
+        """Weights of the LM head, as `ops.linear_logprob` and `ops.linear_pact_loss` take them."""
+        head = self._causal.get_output_embeddings()
+        return HeadParams(head.weight, head.bias, None, 1.0)
+
+    def hidden(self, pack: TreePack) -> Tensor:
+        """Hidden states [T, H] of a pack after the final norm: the input of the LM head. Differentiable.
+
+        Row t is what the model computes for token t with its ancestors as the only context, so it equals the
+        hidden state of the same token in its sequence run alone.
+        """
+        config = self._causal.config
+        if self._causal.training and (dropout := getattr(config, "attention_dropout", 0.0)):
+            raise ValueError(
+                f"attention_dropout = {dropout} in training: tree attention has no dropout; set it to 0 in "
+                "the model's config or call model.eval()"
+            )
+        if pack.num_tokens == 0:
+            return self.head.weight.new_zeros(0, config.hidden_size)
+        pack = pack.to(self.device)
+        call = _TreeCall(pack.subtree_end, self.attention)
+        with _tree_attention_on(config), self._checkpointing(config):
+            out = self._causal.model(
+                input_ids=pack.input_ids[None],
+                position_ids=pack.position_ids[None],
+                use_cache=False,
+                pact_tree=call,
+            )
+        return out.last_hidden_state[0]
+
+    @contextmanager
+    def _checkpointing(self, config) -> Iterator[None]:
+        """Checkpoint the layers of this forward where asked, here or on the model; then restore it."""
+        wanted = self.gradient_checkpointing or any(layer.gradient_checkpointing for layer in self._layers)
+        if not (wanted and torch.is_grad_enabled()):
+            yield
+            return
+        # The backward recomputes a layer after `hidden` has returned: the attention must be ours then, too.
+        func = partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _tree_attention_on(config))
+        )
+        saved = [
+            (
+                layer.gradient_checkpointing,
+                getattr(layer, "_gradient_checkpointing_func", None),
+                layer.training,
+            )
+            for layer in self._layers
+        ]
+        for layer in self._layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = (
+                True,
+                func,
+                True,
+            )
+        try:
+            yield
+        finally:
+            for layer, state in zip(self._layers, saved, strict=True):
+                layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = state
+
+
+@contextmanager
+def _tree_attention_on(config) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _check_model(model: Any) -> None:
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    layers = set(getattr(config, "layer_types", None) or ())
+    if bad := sorted(layers - set(_LAYERS)):
+        raise ValueError(
+            f"{kind}: layers of kind {', '.join(bad)} carry state from token to token and cannot branch in a "
+            "token tree"
+        )
+    if any(hasattr(m, "sinks") for m in model.modules()):
+        raise ValueError(f"{kind}: attention sinks are not supported by tree attention")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not supported: Policy accepts {', '.join(FAMILIES)}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{kind}: rope_type {rope!r} depends on the sequence's length, in which branches of a tree differ"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no LM head; load it with AutoModelForCausalLM")

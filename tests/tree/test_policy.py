@@ -1,0 +1,137 @@
+"""A tree pass equals running every sequence alone through the same Hugging Face model."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig
+
+from pact_fast.packing import pack_linear, pack_tree
+from pact_fast.policy import ATTENTION, Policy, _check_model
+from tests.tree.conftest import pact_sequences, random_sequences, tiny_model
+
+
+def one_by_one(model, sequences):
+    """Log-probs of every sequence, each alone: the definition."""
+    out = []
+    for sequence in sequences:
+        ids = torch.tensor(sequence)
+        logprobs = model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        out.append(logprobs.gather(1, ids[1:, None])[:, 0])
+    return out
+
+
+def through_tree(policy, sequences, pack=pack_tree):
+    packed = pack(sequences)
+    head = policy.head
+    logprobs = (policy.hidden(packed) @ head.weight.T).float().log_softmax(-1)
+    return [
+        logprobs[index[:-1]].gather(1, packed.input_ids[index[1:], None])[:, 0]
+        for index in packed.token_index
+    ]
+
+
+def weighted_sum(logprobs):
+    """A scalar in which every log-prob has its own weight, so that no gradient can hide."""
+    flat = torch.cat(logprobs)
+    return (flat * torch.linspace(0.2, 1.7, flat.numel())).sum()
+
+
+def assert_gradients_equal(model, loss, expected):
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    got = torch.autograd.grad(loss, parameters, allow_unused=True)
+    want = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for name, a, b in zip(names, got, want, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logprobs_and_every_gradient_equal_one_by_one(family, tied, checkpointing):
+    model = tiny_model(family, tied=tied)
+    policy = Policy(model, gradient_checkpointing=checkpointing)
+    for seed in range(3):
+        sequences = [s for s in random_sequences(seed) if len(s) > 1] + pact_sequences(seed)
+        want = one_by_one(model, sequences)
+        got = through_tree(policy, sequences)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        assert_gradients_equal(model, weighted_sum(got), weighted_sum(want))
+
+
+@pytest.mark.parametrize("window", [4, 11])
+def test_sliding_window_counts_depth_not_packed_distance(window):
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=window, max_window_layers=1)
+    assert "sliding_attention" in model.config.layer_types
+    sequences = pact_sequences(3)
+    for a, b in zip(through_tree(Policy(model), sequences), one_by_one(model, sequences), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_linear_pack_equals_one_by_one(family):
+    model = tiny_model(family)
+    sequences = [s for s in random_sequences(5) if len(s) > 1]
+    with torch.no_grad():
+        for a, b in zip(
+            through_tree(Policy(model), sequences, pack_linear), one_by_one(model, sequences), strict=True
+        ):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_checkpointing_asked_for_on_the_model_is_honoured_and_restored(family):
+    model = tiny_model(family)
+    model.activation_checkpointing_enable()
+    sequences = pact_sequences(1)
+    calls = []
+    handle = model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    weighted_sum(through_tree(Policy(model), sequences)).backward()
+    handle.remove()
+    assert len(calls) == 2  # forward, and once more in the backward
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_model_generates_as_before_between_tree_passes(family):
+    model = tiny_model(family).eval()
+    policy = Policy(model, gradient_checkpointing=True)
+    prompt = torch.tensor([[3, 4, 5, 6]])
+    before = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    loss = policy.hidden(pack_tree(pact_sequences(2))).sum()
+    between = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    loss.backward()
+    assert torch.equal(before, between)
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.training
+
+
+def test_attention_is_restored_after_a_failure():
+    model = tiny_model("qwen3")
+    pack = pack_tree([[1, 2, 3], [1, 2, 4]])
+    bad = pack.__class__(pack.input_ids + 100, pack.position_ids, pack.subtree_end, pack.token_index)
+    with pytest.raises(IndexError):
+        Policy(model).hidden(bad)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_our_attention_refuses_to_run_without_a_pack():
+    model = tiny_model("llama")
+    model.config._attn_implementation = ATTENTION
+    with pytest.raises(RuntimeError, match="TreePack"):
+        model(torch.tensor([[1, 2, 3]]))
+
+
+def test_attention_dropout_in_training_is_refused():
+    model = tiny_model("qwen3", attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"attention_dropout = 0\.1"):
+        Policy(model.train()).hidden(pack_tree([[1, 2]]))
+    Policy(model.eval()).hidden(pack_tree([[1, 2]]))
+
+
+def test_other_families_and_layers_are_refused():
+    with pytest.raises(ValueError, match="gpt2"):
+        Policy(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8)))
+    recurrent = torch.nn.Linear(1, 1)
+    recurrent.config = Qwen3NextConfig()
+    with pytest.raises(ValueError, match="linear_attention"):
+        _check_model(recurrent)
+    with pytest.raises(ValueError, match="dynamic"):
+        Policy(
+            tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+        )

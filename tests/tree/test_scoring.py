@@ -1,0 +1,52 @@
+"""Shared scoring equals scoring every sequence alone."""
+
+import pytest
+import torch
+
+from pact_fast import Policy, context_logprobs, sequence_logprobs
+from tests.tree.conftest import pact_sequences, random_sequences, tiny_model
+from tests.tree.test_policy import assert_gradients_equal, one_by_one, weighted_sum
+
+
+@pytest.mark.parametrize("token_budget", [10_000, 60])
+def test_sequence_logprobs_equal_one_by_one(family, token_budget):
+    model = tiny_model(family)
+    sequences = [s for s in random_sequences(7) if s] + pact_sequences(7)
+    got = sequence_logprobs(model, sequences, token_budget=token_budget)
+    want = one_by_one(model, sequences)
+    for sequence, a, b in zip(sequences, got, want, strict=True):
+        assert a.dtype == torch.float32
+        assert a.shape == (len(sequence) - 1,)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert_gradients_equal(model, weighted_sum(got), weighted_sum(want))
+
+
+def test_temperature_divides_the_logits():
+    model = tiny_model("qwen3").eval()
+    ids = torch.tensor(pact_sequences(1)[0])
+    with torch.no_grad():
+        (got,) = sequence_logprobs(model, [ids], temperature=0.7)
+        want = (model(ids[None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_both_contexts_in_one_pass_equal_two_plain_passes(family):
+    model = tiny_model(family)
+    prompt, privileged = [5, 6, 7, 8], [5, 6, 7, 9, 10, 11]
+    rollouts = [[1, 2, 3], [1, 2, 4, 5], [8], []]
+    plain, conditioned = context_logprobs(Policy(model), prompt, torch.tensor(privileged), rollouts)
+    for context, got in ((prompt, plain), (privileged, conditioned)):
+        want = one_by_one(model, [context + y for y in rollouts])
+        for y, a, b in zip(rollouts, got, want, strict=True):
+            assert a.shape == (len(y),)
+            torch.testing.assert_close(a, b[len(context) - 1 :], atol=1e-5, rtol=0)
+
+
+def test_empty_inputs_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"sequences\[1\] is empty"):
+        sequence_logprobs(model, [[1, 2], []])
+    with pytest.raises(ValueError, match="privileged_prompt is empty"):
+        context_logprobs(model, [1], [], [[2]])
+    assert sequence_logprobs(model, []) == []
