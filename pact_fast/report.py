@@ -9,19 +9,21 @@ Reads, all written by the trainer and each optional but the first:
                       or just the list of pieces. Pieces follow each other as the model saw or wrote them and
                       join to the whole text; role is system | user | assistant | tool, component a name of
                       data.Component in lower case (COMPONENTS below)
-    config.yaml       the run's whole configuration (or summary["config"])
+    config.json       the run's whole configuration
 
 `write_report(run_dir)` returns the page's path; `final_table(summary)` is the table at the end of training.
 """
 
 from __future__ import annotations
 
+import argparse
 import html
 import io
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -114,8 +116,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"{run_dir / METRICS_FILE}: no such file; is {run_dir} a run folder?")
     rows = read_metrics(run_dir)
     summary = _load_json(run_dir / "summary.json") or {}
-    config_file = run_dir / "config.yaml"
-    config = config_file.read_text() if config_file.exists() else _as_yaml(summary.get("config"))
+    config = _load_json(run_dir / "config.json") or summary.get("config")
     page = Template(_PAGE).substitute(
         title=html.escape(f"{summary.get('preset', '')} {run_dir.resolve().name}".strip()),
         facts=_facts(rows, summary),
@@ -124,7 +125,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         charts=_charts(rows, evaluation=False),
         failures=_failures(rows),
         transcript=_transcript(_load_json(run_dir / "transcript.json")),
-        config=html.escape(config or "not recorded"),
+        config=html.escape(yaml.safe_dump(config, sort_keys=False) if config else "not recorded"),
     )
     path = run_dir / "report.html"
     beside = path.with_suffix(".html.tmp")
@@ -349,8 +350,15 @@ def _load_json(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _as_yaml(config: Any) -> str:
-    return yaml.safe_dump(config, sort_keys=False) if config else ""
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("pact-fast report", description="Writes report.html of a run folder.")
+    parser.add_argument("run_dir", help="the run's folder, such as runs/toolbox-pact")
+    try:
+        print(write_report(parser.parse_args(argv).run_dir))
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 _PAGE = (Path(__file__).parent / "report_page.html").read_text(encoding="utf-8")
