@@ -1,4 +1,5 @@
-"""The layering of the packages, read from the sources' own imports, and the name clash with PyPI's `kernels`."""
+"""The layering of the packages, read from the sources' own imports, and the name clash with PyPI's
+`kernels`."""
 
 import ast
 import subprocess
@@ -47,7 +48,9 @@ def test_ops_imports_only_kernels():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p for p in (ROOT / "pact_fast").rglob("*.py") if "kernels" not in p.parts), ids=lambda p: p.name
+    "path",
+    sorted(p for p in (ROOT / "pact_fast").rglob("*.py") if "kernels" not in p.parts),
+    ids=lambda p: p.name,
 )
 def test_nothing_imports_tests_or_bench(path):
     for module in imported_modules(path):

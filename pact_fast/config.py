@@ -1,0 +1,346 @@
+"""Configuration: frozen dataclasses, one YAML file, `--section.field value` overrides. Names follow TRL
+where it has one.
+
+A preset (METHOD section 8) is a set of values for the `objective` section; what the file or the command line
+says wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from pact_fast.objective import ADVANTAGE_MODES, NORMALIZATIONS
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy.
+
+    path: a Hugging Face folder or hub name; "toolbox-base" is the small model that ships with the package.
+    chat_format: "auto" takes what the tokenizer's own template speaks.
+    """
+
+    path: str = "toolbox-base"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_format: str = "auto"
+    attention: str = "auto"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The environment and its own settings (checked by the environment).
+
+    train_file, validation_file, test_file: records in JSONL or parquet that replace the environment's own
+    splits.
+    """
+
+    name: str = "toolbox"
+    settings: dict[str, Any] = field(default_factory=dict)
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    skip_bad_records: bool = False
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_generations: int = 8
+    temperature: float = 1.0
+    max_turns: int = 10
+    max_completion_length: int = 512
+    max_turn_length: int = 128
+    max_prompt_length: int = 1024
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimised; every preset is a choice of these.
+
+    rl_context: context of the policy ratio: "trace" c(x,h), "prompt" x, "none" no policy term.
+    anchor_probability: q, share of prompts that use the prompt-only ratio although rl_context is "trace".
+    rl_start: share of the steps before which no policy term is used (sft-then-grpo).
+    sft_targets: "components" (annealed), "all" (every assistant token), "none". sft_end: share of the steps
+    after which
+        no SFT term is used. sft_weight: alpha. mu_start, mu_end: CHORD's global weight, loss (1-mu) RL + mu
+        SFT.
+    trace_observations: whether tool responses stay in the trace.
+    skip_zero_advantage: rollouts whose advantage is exactly 0 leave the pass (they still count in the
+    normalisation).
+    """
+
+    rl_context: Literal["trace", "prompt", "none"] = "trace"
+    anchor_probability: float = 0.3
+    rl_start: float = 0.0
+    advantages: str = "group"
+    turn_discount: float = 0.9
+    normalization: str = "token"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    dual_clip: float | None = None
+    beta: float = 0.0
+    entropy_coef: float = 0.0
+    sft_targets: Literal["components", "all", "none"] = "components"
+    sft_weight: float = 1.0
+    sft_end: float = 1.0
+    mu_start: float | None = None
+    mu_end: float | None = None
+    reasoning_segments: int = 4
+    tool_call_start: float = 0.8
+    tool_call_end: float = 0.2
+    answer_strength: float = 0.0
+    trace_observations: bool = True
+    skip_zero_advantage: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. prompts_per_step times num_generations rollouts are drawn a step and used in
+    num_mini_batches updates, num_iterations times over. token_budget: packed tokens of one forward. packing:
+    "tree", or "none" for comparison."""
+
+    max_steps: int = 160
+    prompts_per_step: int = 8
+    num_mini_batches: int = 1
+    num_iterations: int = 1
+    learning_rate: float = 1e-3
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    token_budget: int = 16384
+    packing: Literal["tree", "none"] = "tree"
+    max_skipped_steps: int = 10
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """every: steps between validation scores (0: none before the end). samples: rollouts a task at
+    temperature 1."""
+
+    every: int = 40
+    validation_tasks: int = 64
+    test_tasks: int = 200
+    samples: int = 1
+    score_test: bool = True
+    score_base: bool = True
+    gauge_every: int = 20
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "toolbox-pact"
+    dir: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made of."""
+
+    preset: str = "pact"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "pact": {},
+    "pact-no-anchor": {"anchor_probability": 0.0},
+    "pact-no-sft": {"sft_targets": "none"},
+    "pact-no-observation": {"trace_observations": False},
+    "component-sft": {"rl_context": "none"},
+    "grpo": {"rl_context": "prompt", "sft_targets": "none"},
+    "sft": {"rl_context": "none", "sft_targets": "all"},
+    "sft-then-grpo": {"rl_context": "prompt", "sft_targets": "all", "rl_start": 0.5, "sft_end": 0.5},
+    "chord": {"rl_context": "prompt", "sft_targets": "all", "mu_start": 0.9, "mu_end": 0.05},
+    "matchtir": {"rl_context": "prompt", "sft_targets": "none", "advantages": "turn"},
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the way out."""
+
+
+def config_parser() -> ArgumentParser:
+    """Parser of every config key, for `--help` and for overrides."""
+    parser = ArgumentParser(prog="pact-fast train CONFIG", exit_on_error=False)
+    parser.add_class_arguments(Config, fail_untyped=False)
+    return parser
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `--section.field value` overrides.
+
+    Args:
+        path: YAML file; None takes the defaults.
+        overrides: command line words such as ["--train.max_steps", "20"].
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown (the nearest is named) or a value is
+        of the
+            wrong type or out of range.
+    """
+    source = str(path) if path is not None else "command line"
+    values = _read_yaml(Path(path)) if path is not None else {}
+    _check_keys(values, source)
+    _check_words(overrides)
+    parser = config_parser()
+    preset = _preset_of(values, overrides)
+    if preset not in PRESETS:
+        raise ConfigError(f"{source}: preset={preset!r} is unknown; nearest: {_nearest(preset, PRESETS)}")
+    parser.set_defaults({f"objective.{k}": v for k, v in PRESETS[preset].items()})
+    try:
+        # File first, then words: the command line wins.
+        parsed: Namespace = parser.parse_object(values)
+        parsed = parser.parse_args(list(overrides), namespace=parsed)
+        config = parser.instantiate_classes(parsed)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {_first_lines(error)}") from None
+    result = Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})
+    _check_values(result, source)
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        raise ConfigError(f"config {str(path)!r} does not exist; there are {', '.join(known) or 'none here'}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+def all_keys() -> list[str]:
+    """Every key, dotted: "preset", "model.path", ..."""
+    keys = []
+    for section in dataclasses.fields(Config):
+        factory = section.default_factory
+        if factory is dataclasses.MISSING:
+            keys.append(section.name)
+        else:
+            keys += [f"{section.name}.{f.name}" for f in dataclasses.fields(cast(Any, factory))]
+    return keys
+
+
+def _nearest(key: str, known) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    if not close and "." in key:
+        leaf = key.rsplit(".", 1)[1]
+        close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+    return repr(close[0]) if close else ", ".join(sorted(known))
+
+
+def _check_keys(values: dict[str, Any], source: str) -> None:
+    known = all_keys()
+    sections = {k.split(".")[0] for k in known if "." in k}
+    for key, value in values.items():
+        if key in sections:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {key} is a section, give it keys, not {value!r}")
+            for leaf in value:
+                if f"{key}.{leaf}" not in known:
+                    raise ConfigError(
+                        f"{source}: unknown key '{key}.{leaf}'; nearest: {_nearest(f'{key}.{leaf}', known)}"
+                    )
+        elif key not in known:
+            raise ConfigError(f"{source}: unknown key {key!r}; nearest: {_nearest(key, [*known, *sections])}")
+
+
+def _check_words(words: Sequence[str]) -> None:
+    known = all_keys()
+    for word in words:
+        if not word.startswith("--") or word in ("--help",):
+            continue
+        key = word[2:].split("=")[0]
+        # env.settings.x reaches into a free mapping that the environment itself checks.
+        if key not in known and not key.startswith("env.settings."):
+            raise ConfigError(f"command line: unknown key '{key}'; nearest: {_nearest(key, known)}")
+
+
+def _preset_of(values: dict[str, Any], words: Sequence[str]) -> str:
+    preset = values.get("preset", "pact")
+    for i, word in enumerate(words):
+        if word == "--preset" and i + 1 < len(words):
+            preset = words[i + 1]
+        elif word.startswith("--preset="):
+            preset = word.split("=", 1)[1]
+    return str(preset)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:600]
+
+
+def _check_values(config: Config, source: str) -> None:
+    o, t, r = config.objective, config.train, config.rollout
+    checks: list[tuple[bool, str, object, str]] = [
+        (
+            0 <= o.anchor_probability <= 1,
+            "objective.anchor_probability",
+            o.anchor_probability,
+            "a value in [0, 1]",
+        ),
+        (0 <= o.rl_start <= 1, "objective.rl_start", o.rl_start, "a share in [0, 1]"),
+        (0 <= o.sft_end <= 1, "objective.sft_end", o.sft_end, "a share in [0, 1]"),
+        (o.advantages in ADVANTAGE_MODES, "objective.advantages", o.advantages, f"one of {ADVANTAGE_MODES}"),
+        (
+            o.normalization in NORMALIZATIONS,
+            "objective.normalization",
+            o.normalization,
+            f"one of {NORMALIZATIONS}",
+        ),
+        (0 < o.epsilon < 1, "objective.epsilon", o.epsilon, "a clip range in (0, 1)"),
+        (o.dual_clip is None or o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "a bound above 1"),
+        (o.reasoning_segments >= 1, "objective.reasoning_segments", o.reasoning_segments, "at least 1"),
+        (
+            (o.mu_start is None) == (o.mu_end is None),
+            "objective.mu_end",
+            o.mu_end,
+            "both mu_start and mu_end, or none",
+        ),
+        (o.beta == 0, "objective.beta", o.beta, "0: a reference model is not available yet"),
+        (t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1"),
+        (t.prompts_per_step >= 1, "train.prompts_per_step", t.prompts_per_step, "at least 1"),
+        (t.learning_rate >= 0, "train.learning_rate", t.learning_rate, "a value >= 0"),
+        (t.num_mini_batches >= 1, "train.num_mini_batches", t.num_mini_batches, "at least 1"),
+        (t.num_iterations >= 1, "train.num_iterations", t.num_iterations, "at least 1"),
+        (t.token_budget >= 1, "train.token_budget", t.token_budget, "at least 1"),
+        (r.num_generations >= 1, "rollout.num_generations", r.num_generations, "at least 1"),
+        (r.temperature > 0, "rollout.temperature", r.temperature, "above 0 (greedy rollouts have no spread)"),
+        (r.max_turns >= 1, "rollout.max_turns", r.max_turns, "at least 1"),
+    ]
+    for good, key, value, want in checks:
+        if not good:
+            raise ConfigError(f"{source}: {key}={value!r} cannot be used: give {want}")
+
+
+def exit_with_error(error: ConfigError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,57 @@
+"""One pass without gradient over both contexts of a step's rollouts: old log-probs, and what they tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pact_fast.batch import Sample, SampleBuilder
+from pact_fast.data.records import Record
+from pact_fast.policy import Policy
+from pact_fast.scoring import sequence_logprobs
+
+
+@torch.no_grad()
+def score_rollouts(
+    policy: Policy,
+    builder: SampleBuilder,
+    samples: Sequence[Sample],
+    records: Mapping[str, Record],
+    *,
+    temperature: float,
+    token_budget: int,
+) -> dict[str, float]:
+    """Fills `old_logprobs` of every policy sample under its own context and returns the gauges.
+
+    Returns:
+        `pact/engine_gap`, `pact/engine_gap_max`: |engine - trainer|, prompt-only, sampled tokens.
+        `pact/trace_gain`: mean of log pi(y|x,h) - log pi(y|x) over sampled tokens of the rollouts that are
+        trained under the trace (METHOD section 7). Empty without policy samples.
+    """
+    chosen = [s for s in samples if s.is_policy]
+    if not chosen:
+        return {}
+    prompts = {s.record_id: torch.tensor(builder.prompt(records[s.record_id]).ids) for s in chosen}
+    heads = [
+        len(prompts[s.record_id]) if s.prompt_only else len(builder.privileged_prompt(records[s.record_id]))
+        for s in chosen
+    ]
+    bare = [torch.cat([prompts[s.record_id], s.ids[head:]]) for s, head in zip(chosen, heads, strict=True)]
+    scored = sequence_logprobs(
+        policy, [s.ids for s in chosen] + bare, temperature=temperature, token_budget=token_budget
+    )
+    gains, gaps = [], []
+    for i, (sample, head) in enumerate(zip(chosen, heads, strict=True)):
+        sample.old_logprobs = torch.cat([torch.zeros(1), scored[i].cpu()])
+        prompt_only = scored[len(chosen) + i].cpu()[len(prompts[sample.record_id]) - 1 :]
+        sampled = sample.policy_weight[head:] != 0
+        assert sample.engine_logprobs is not None
+        gaps.append((prompt_only - sample.engine_logprobs[head:])[sampled].abs())
+        if not sample.prompt_only:
+            gains.append((sample.old_logprobs[head:] - prompt_only)[sampled])
+    gap = torch.cat(gaps)
+    row = {"pact/engine_gap": float(gap.mean()), "pact/engine_gap_max": float(gap.max())}
+    if gains:
+        row["pact/trace_gain"] = float(torch.cat(gains).mean())
+    return row

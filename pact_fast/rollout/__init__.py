@@ -1,0 +1,7 @@
+"""Prompt-only multi-turn rollouts: the loop, and inference engines behind one protocol."""
+
+from pact_fast.rollout.engine import Engine, Generation
+from pact_fast.rollout.hf import HFEngine
+from pact_fast.rollout.loop import Rollout, RolloutLimits, collect_rollouts
+
+__all__ = ["Engine", "Generation", "HFEngine", "Rollout", "RolloutLimits", "collect_rollouts"]

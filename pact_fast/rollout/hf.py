@@ -1,0 +1,275 @@
+"""In-process engine over a Hugging Face causal LM: one growing KV cache for all rows of a batch.
+
+Rows keep their keys and values from turn to turn, so a tool response costs one short prefill. Slots of the
+cache are
+shared by position in time, not by position in the sequence: a row that has nothing to feed leaves an invalid
+slot, and every turn starts by squeezing those out. Rows that finish leave the batch once half of it is idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from pact_fast.rollout.engine import Generation
+
+GROWTH = 64  # slots added at a time, so that appending a token rarely copies the cache
+
+
+class _BufferLayer(DynamicLayer):
+    """A cache layer that appends into a buffer with spare room instead of concatenating at every token."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        end = self.used + key_states.shape[-2]
+        self.grow_to(end, key_states)
+        self.keys[:, :, self.used : end] = key_states
+        self.values[:, :, self.used : end] = value_states
+        self.used = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def grow_to(self, slots: int, like: Tensor) -> None:
+        capacity = self.keys.shape[-2] if self.is_initialized else 0
+        if slots <= capacity:
+            return
+        batch, heads, _, dim = like.shape
+        shape = (batch, heads, slots + GROWTH, dim)
+        keys, values = like.new_zeros(shape), like.new_zeros(shape)
+        if self.is_initialized:
+            keys[:, :, : self.used] = self.keys[:, :, : self.used]
+            values[:, :, : self.used] = self.values[:, :, : self.used]
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def rebuilt(self, keys: Tensor, values: Tensor) -> _BufferLayer:
+        layer = _BufferLayer()
+        layer.keys, layer.values, layer.used = keys, values, keys.shape[-2]
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        return layer
+
+
+class _Batch:
+    """Rows with their cache. valid [B, slots] marks the slots that hold a token of the row; length [B]
+    counts them."""
+
+    def __init__(self, layers: list[_BufferLayer], valid: Tensor, tokens: list[list[int]]) -> None:
+        self.layers, self.valid, self.tokens = layers, valid, tokens
+        self.length = valid.sum(1)
+
+    @classmethod
+    def empty(cls, model: PreTrainedModel, rows: int) -> _Batch:
+        layers = [_BufferLayer() for _ in range(model.config.num_hidden_layers)]
+        return cls(
+            layers, torch.zeros(rows, 0, dtype=torch.bool, device=model.device), [[] for _ in range(rows)]
+        )
+
+    def select(self, rows: Tensor) -> _Batch:
+        layers = [
+            layer.rebuilt(layer.keys[rows, :, : layer.used], layer.values[rows, :, : layer.used])
+            for layer in self.layers
+        ]
+        return _Batch(layers, self.valid[rows], [list(self.tokens[i]) for i in rows.tolist()])
+
+    def squeeze(self) -> None:
+        """Moves the valid slots of every row to the front and drops the rest."""
+        width = int(self.length.max())
+        order = torch.sort((~self.valid).int(), dim=1, stable=True).indices[:, :width]
+        self.valid = self.valid.gather(1, order)
+        for i, layer in enumerate(self.layers):
+            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            self.layers[i] = layer.rebuilt(layer.keys.gather(2, index), layer.values.gather(2, index))
+
+    def absorb(self, rows: Tensor, part: _Batch) -> None:
+        """Takes back rows that went on alone: `part` was selected from here and then grew."""
+        start, end = self.valid.shape[1], part.valid.shape[1]
+        self.valid = torch.cat([self.valid, self.valid.new_zeros(len(self.tokens), end - start)], dim=1)
+        self.valid[rows, start:] = part.valid[:, start:]
+        self.length = self.valid.sum(1)
+        for layer, other in zip(self.layers, part.layers, strict=True):
+            layer.grow_to(end, layer.keys)
+            layer.keys[rows, :, start:end] = other.keys[:, :, start:end]
+            layer.values[rows, :, start:end] = other.values[:, :, start:end]
+            layer.used = end
+        for i, tokens in zip(rows.tolist(), part.tokens, strict=True):
+            self.tokens[i] = tokens
+
+    @torch.no_grad()
+    def feed(self, model: PreTrainedModel, chunks: Sequence[Sequence[int]]) -> Tensor:
+        """Feeds each row its tokens (possibly none) -> hidden state after the last one, [B, H]."""
+        device, width = model.device, max(len(c) for c in chunks)
+        ids = torch.tensor([list(c) + [0] * (width - len(c)) for c in chunks], device=device)
+        counts = torch.tensor([len(c) for c in chunks], device=device)
+        steps = torch.arange(width, device=device)
+        new = steps[None, :] < counts[:, None]  # [B, width]
+        positions = (self.length[:, None] + steps[None, :]).where(new, 0)
+        before = self.valid[:, None, :].expand(-1, width, -1)
+        causal = (steps[None, :] <= steps[:, None]) & new[:, None, :]  # [B, query, new key]
+        mask = torch.cat([before, causal], dim=2)[:, None]
+        if bool((counts == 0).any()):
+            mask[counts == 0, :, :, -width:] |= torch.eye(width, dtype=torch.bool, device=device)
+        body: nn.Module = model.get_decoder()
+        hidden = body(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=Cache(layers=list(self.layers)),
+            use_cache=True,
+        ).last_hidden_state
+        self.valid = torch.cat([self.valid, new], dim=1)
+        self.length = self.length + counts
+        for tokens, chunk in zip(self.tokens, chunks, strict=True):
+            tokens.extend(chunk)
+        return hidden[torch.arange(len(chunks), device=device), (counts - 1).clamp(min=0)]
+
+
+class HFEngine:
+    """Samples with the model in this process.
+
+    Args:
+        model: a decoder-only causal LM whose layers all use full attention.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ValueError(
+                f"HFEngine needs full attention in every layer, {type(model).__name__} has {sorted(kinds)}: "
+                "use another rollout engine for this model"
+            )
+        self.model = model
+        self._sessions: list[Hashable] = []
+        self._batch: _Batch | None = None
+
+    def reset(self) -> None:
+        self._sessions, self._batch = [], None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: Sequence[int],
+        temperature: float,
+        stop_token_ids: Sequence[int],
+        seed: int,
+        sessions: Sequence[Hashable] | None = None,
+    ) -> list[Generation]:
+        """See `Engine.generate`."""
+        if not prompts:
+            return []
+        if min(max_new_tokens) < 1:
+            raise ValueError(
+                f"max_new_tokens={min(max_new_tokens)}: every row needs room for at least one token"
+            )
+        generator = torch.Generator(device=self.model.device).manual_seed(seed)
+        hidden = self._resume(prompts, sessions) if sessions is not None else None
+        if hidden is None:
+            hidden = self._start(prompts)
+        self._sessions = list(sessions) if sessions is not None else []
+        assert self._batch is not None
+        sampler = _Sampler(self.model, max_new_tokens, temperature, stop_token_ids, generator)
+        sampler.run(self._batch, torch.arange(len(prompts)), hidden)
+        return sampler.generations()
+
+    def _start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Prefills each distinct prompt once and repeats its cache for the rows that share it."""
+        distinct: dict[tuple[int, ...], int] = {}
+        row_of = [distinct.setdefault(tuple(p), len(distinct)) for p in prompts]
+        batch = _Batch.empty(self.model, len(distinct))
+        hidden = batch.feed(self.model, list(distinct))
+        rows = torch.tensor(row_of, device=hidden.device)
+        self._batch = batch.select(rows)
+        return hidden[rows]
+
+    def _resume(self, prompts: Sequence[Sequence[int]], sessions: Sequence[Hashable]) -> Tensor | None:
+        """Feeds what each session has not seen; None where a session is unknown or its prompt was
+        rewritten."""
+        if self._batch is None:
+            return None
+        where = {key: i for i, key in enumerate(self._sessions)}
+        if any(key not in where for key in sessions):
+            return None
+        seen = [self._batch.tokens[where[key]] for key in sessions]
+        if any(len(p) <= len(s) or list(p[: len(s)]) != s for p, s in zip(prompts, seen, strict=True)):
+            return None
+        rows = torch.tensor([where[key] for key in sessions], device=self.model.device)
+        self._batch = self._batch.select(rows)
+        self._batch.squeeze()
+        return self._batch.feed(self.model, [p[len(s) :] for p, s in zip(prompts, seen, strict=True)])
+
+
+class _Sampler:
+    """The decode loop of one turn over a batch and, recursively, over the rows that are left of it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_new_tokens: Sequence[int],
+        temperature: float,
+        stop_token_ids: Sequence[int],
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.temperature, self.generator = model, temperature, generator
+        self.limits, self.stops = list(max_new_tokens), set(stop_token_ids)
+        self.ids: list[list[int]] = [[] for _ in self.limits]
+        self.logprobs: list[list[float]] = [[] for _ in self.limits]
+        self.reasons = [""] * len(self.limits)
+
+    def generations(self) -> list[Generation]:
+        return [Generation(*row) for row in zip(self.ids, self.logprobs, self.reasons, strict=True)]
+
+    def run(self, batch: _Batch, rows: Tensor, hidden: Tensor) -> None:
+        """rows [b] names the result each row of `batch` belongs to; hidden [b, H] is the state to sample
+        from."""
+        names = rows.tolist()
+        alive = [not self.reasons[n] for n in names]
+        while any(alive):
+            if 2 * sum(alive) <= len(names):
+                keep = torch.tensor([i for i, a in enumerate(alive) if a], device=hidden.device)
+                part = batch.select(keep)
+                self.run(part, rows[keep.cpu()], hidden[keep])
+                batch.absorb(keep, part)
+                return
+            tokens, logprobs = self._draw(hidden)
+            for i, name in enumerate(names):
+                if alive[i]:
+                    alive[i] = self._record(name, tokens[i], logprobs[i])
+            if any(alive):
+                hidden = batch.feed(
+                    self.model, [[t] if a else [] for t, a in zip(tokens, alive, strict=True)]
+                )
+
+    def _draw(self, hidden: Tensor) -> tuple[list[int], list[float]]:
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if self.temperature > 0:
+            logits = logits / self.temperature
+        logp = torch.log_softmax(logits, dim=-1)
+        if self.temperature > 0:
+            token = torch.multinomial(logp.exp(), 1, generator=self.generator)
+        else:
+            token = logp.argmax(-1, keepdim=True)
+        return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
+
+    def _record(self, name: int, token: int, logprob: float) -> bool:
+        """Appends a sampled token; True while the row goes on."""
+        self.ids[name].append(token)
+        self.logprobs[name].append(logprob)
+        if token in self.stops:
+            self.reasons[name] = "stop"
+        elif len(self.ids[name]) >= self.limits[name]:
+            self.reasons[name] = "length"
+        return not self.reasons[name]

@@ -1,0 +1,164 @@
+"""The multi-turn loop: sample a turn for every row, run its tools, append what came back, until all are done.
+
+Token ids are kept exactly as sampled. Environment text is tokenised once, when it arrives; nothing is ever
+decoded and tokenised again, so the ids scored by the trainer are the ids the engine drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pact_fast.data.chat import ChatFormat, Component, Tokens
+from pact_fast.data.records import Record
+from pact_fast.envs.base import Outcome, ToolEnv
+from pact_fast.rollout.engine import Engine
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """max_turns: assistant turns. max_completion_length: tokens after the prompt, tool responses included.
+    max_turn_length: tokens sampled in one turn."""
+
+    max_turns: int = 10
+    max_completion_length: int = 512
+    max_turn_length: int = 128
+
+
+@dataclass
+class Rollout:
+    """One episode from prompt x.
+
+    token_ids y: everything after the prompt. sampled marks the model's own tokens; logprobs holds their
+    log-probs under the engine (0 elsewhere) and turns the assistant turn each token belongs to.
+    """
+
+    record: Record
+    prompt: Tokens
+    token_ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    components: list[int] = field(default_factory=list)
+    turn_rewards: list[float] = field(default_factory=list)
+    outcome: Outcome | None = None
+    truncated: str | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.sampled)
+
+    def add_sampled(self, ids: Sequence[int], logprobs: Sequence[float], turn: int) -> None:
+        self._add(ids, True, logprobs, turn, [Component.CONTEXT] * len(ids))
+
+    def add_context(self, tokens: Tokens, turn: int) -> None:
+        self._add(tokens.ids, False, [0.0] * len(tokens), turn, tokens.components)
+
+    def _add(self, ids, sampled, logprobs, turn, components) -> None:
+        self.token_ids.extend(ids)
+        self.sampled.extend([sampled] * len(ids))
+        self.logprobs.extend(logprobs)
+        self.turns.extend([turn] * len(ids))
+        self.components.extend(int(c) for c in components)
+
+
+def collect_rollouts(
+    engine: Engine,
+    env: ToolEnv,
+    chat: ChatFormat,
+    records: Sequence[Record],
+    *,
+    num_generations: int,
+    limits: RolloutLimits,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> list[Rollout]:
+    """Rolls out every record `num_generations` times, prompt-only.
+
+    Args:
+        engine, env, chat: the policy's engine, the environment and the token format.
+        records: prompts; their expert traces are not shown.
+        limits: turn and token limits; an episode that meets one is ended with that failure kind.
+        temperature: of the sampling; 0 is greedy.
+        seed: makes the draw repeatable.
+        batch_size: rows in flight at once.
+
+    Returns:
+        Rollouts in the order of `records`, the G of a record beside each other, outcomes filled in.
+    """
+    prompts = [chat.prompt(r.prompt, r.tools) for r in records]
+    rollouts = [Rollout(r, p) for r, p in zip(records, prompts, strict=True) for _ in range(num_generations)]
+    for wave, start in enumerate(range(0, len(rollouts), batch_size)):
+        _run_wave(
+            engine, env, chat, rollouts[start : start + batch_size], limits, temperature, seed + 7919 * wave
+        )
+    return rollouts
+
+
+def _run_wave(
+    engine: Engine,
+    env: ToolEnv,
+    chat: ChatFormat,
+    rollouts: list[Rollout],
+    limits: RolloutLimits,
+    temperature: float,
+    seed: int,
+) -> None:
+    episodes = env.start([r.record for r in rollouts])
+    engine.reset()
+    active = list(range(len(rollouts)))
+    for turn in range(limits.max_turns):
+        generations = engine.generate(
+            [rollouts[i].prompt.ids + rollouts[i].token_ids for i in active],
+            max_new_tokens=[_room(rollouts[i], limits) for i in active],
+            temperature=temperature,
+            stop_token_ids=chat.stop_token_ids,
+            seed=seed * 1009 + turn,
+            sessions=active,
+        )
+        finished = []
+        for i, generation in zip(active, generations, strict=True):
+            rollouts[i].add_sampled(generation.token_ids, generation.logprobs, turn)
+            if generation.finish_reason != "stop":
+                rollouts[i].truncated = "length_limit"
+            else:
+                finished.append((i, chat.parse(generation.token_ids, complete=True)))
+        results = env.step([episodes[i] for i, _ in finished], [parsed for _, parsed in finished])
+        active = []
+        for (i, parsed), result in zip(finished, results, strict=True):
+            rollouts[i].turn_rewards.append(result.reward)
+            if not result.done and _append_reply(rollouts[i], chat, parsed, result, turn, limits):
+                active.append(i)
+        if not active:
+            break
+    for i in active:
+        rollouts[i].truncated = "turn_limit"
+    outcomes = env.finish(episodes, [r.truncated for r in rollouts])
+    for rollout, outcome in zip(rollouts, outcomes, strict=True):
+        # A turn cut off by a limit has no step of its own; turn-level advantages need one value for it.
+        rollout.turn_rewards += [0.0] * (1 + max(rollout.turns) - len(rollout.turn_rewards))
+        rollout.outcome = outcome
+
+
+def _room(rollout: Rollout, limits: RolloutLimits) -> int:
+    return min(limits.max_turn_length, limits.max_completion_length - len(rollout.token_ids))
+
+
+def _append_reply(
+    rollout: Rollout, chat: ChatFormat, parsed: Any, result: Any, turn: int, limits: RolloutLimits
+) -> bool:
+    """Adds the environment's answer and the next generation header; False where no room is left for a
+    turn."""
+    reply = Tokens()
+    if result.tool_responses:
+        names = [call.name for call in parsed.tool_calls]
+        reply = chat.tool_results(result.tool_responses, turn + 1, names=names)
+    if result.user_message is not None:
+        reply = chat.user(result.user_message, turn + 1)
+    if len(rollout.token_ids) + len(reply) >= limits.max_completion_length:
+        rollout.truncated = "length_limit"
+        return False
+    rollout.add_context(reply, turn)
+    return True

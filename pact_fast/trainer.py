@@ -1,0 +1,361 @@
+"""The training loop: sample, score, update, evaluate. One process; every method is a choice of token weights.
+
+Left out on purpose: anything about how a model shards, what a tool does, or how a chat is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pact_fast import objective as obj
+from pact_fast.batch import Sample, SampleBuilder, needed, pack_losses, trim
+from pact_fast.config import Config
+from pact_fast.data.chat import ChatFormat
+from pact_fast.data.records import Record
+from pact_fast.envs.base import make_env
+from pact_fast.evaluate import eval_row, evaluate, transcript
+from pact_fast.gauges import score_rollouts
+from pact_fast.metrics import MetricsLogger, ProgressDisplay
+from pact_fast.models import base_model_path
+from pact_fast.policy import Policy
+from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.step_metrics import Update, pack_metrics, rollout_metrics, update_metrics
+from pact_fast.tasks import batch_records, load_split
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why, the last good weights are kept."""
+
+
+class Trainer:
+    """Trains one policy on one environment.
+
+    Args:
+        config: see `pact_fast.config`; `Trainer(load_config("configs/toolbox.yaml")).train()`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        torch.manual_seed(config.run.seed)
+        self.device = _device(config.run.device)
+        self.run_dir = Path(config.run.dir) / config.run.name
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = base_model_path() if config.model.path == "toolbox-base" else config.model.path
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.model.dtype))
+        self.model = model.to(self.device)
+        self.policy = Policy(
+            self.model,
+            attention=config.model.attention,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+        )
+        self.chat = ChatFormat.for_tokenizer(
+            self.tokenizer, config.model.chat_format, segments=config.objective.reasoning_segments
+        )
+        self.engine = HFEngine(self.model)
+        self.env = make_env(config.env.name, config.env.settings)
+        self.builder = SampleBuilder(self.chat, config.objective, config.rollout.max_completion_length)
+        self.records = load_split(config, self.env, self.builder, "train")
+        self.limits = RolloutLimits(
+            config.rollout.max_turns, config.rollout.max_completion_length, config.rollout.max_turn_length
+        )
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, config.train.weight_decay),
+            lr=config.train.learning_rate,
+            betas=(config.train.adam_beta1, config.train.adam_beta2),
+        )
+        self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = 0
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Rolls out, scores and updates once; returns the row of metrics.jsonl."""
+        config, o = self.config, self.config.objective
+        begin = time.perf_counter()
+        progress = step / config.train.max_steps
+        records = batch_records(self.records, step, config.train.prompts_per_step, config.run.seed)
+        rl = o.rl_context != "none" and progress >= o.rl_start
+        strength = self._sft_strength(progress)
+        rollouts = self.rollout(records, step) if rl else []
+        row, rolled = rollout_metrics(rollouts, config.rollout.num_generations), time.perf_counter()
+        row["time/rollout"] = rolled - begin
+        anchored = self._anchored(records, step)
+        mini_batches = self.mini_batches(records, rollouts, anchored, strength, progress)
+        several = config.train.num_mini_batches * config.train.num_iterations > 1
+        gauge = bool(rollouts) and config.eval.gauge_every > 0 and step % config.eval.gauge_every == 0
+        if several or gauge:
+            row |= score_rollouts(
+                self.policy,
+                self.builder,
+                [s for samples in mini_batches for s in samples],
+                {r.id: r for r in records},
+                temperature=config.rollout.temperature,
+                token_budget=config.train.token_budget,
+            )
+        scored = time.perf_counter()
+        row["time/score"] = scored - rolled
+        updates = []
+        for _ in range(config.train.num_iterations):
+            for samples in mini_batches:
+                updates.append(self.update(samples, step))
+                if len(updates) == 1 and (several or gauge):
+                    self._check_first_update(updates[0])
+        row |= update_metrics(updates)
+        row["time/update"] = time.perf_counter() - scored
+        row["time/step"] = time.perf_counter() - begin
+        row["tokens_per_second"] = sum(p["tokens"] for u in updates for p in u.losses) / row["time/step"]
+        self.tokens_trained += int(sum(p["tokens"] for u in updates for p in u.losses))
+        row |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "num_tokens": self.tokens_trained,
+            "pact/skipped_steps": self.skipped_steps,
+            "pact/anchored": sum(anchored.values()) / len(anchored),
+        }
+        if strength is not None:
+            row |= {
+                "pact/tool_call_scale": strength.tool_call,
+                "pact/reasoning_level": strength.reasoning_level,
+                "pact/sft_coef": self._sft_scale(progress),
+            }
+        return row
+
+    def rollout(self, records: Sequence[Record], step: int) -> list[Rollout]:
+        config = self.config.rollout
+        self.model.eval()
+        return collect_rollouts(
+            self.engine,
+            self.env,
+            self.chat,
+            records,
+            num_generations=config.num_generations,
+            limits=self.limits,
+            temperature=config.temperature,
+            seed=self.config.run.seed * 1_000_003 + step,
+            batch_size=config.batch_size,
+        )
+
+    def _anchored(self, records: Sequence[Record], step: int) -> dict[str, bool]:
+        """Per record id, whether the prompt-only ratio is used."""
+        ids = [r.id for r in records]
+        q = self.config.objective.anchor_probability if self.config.objective.rl_context == "trace" else 1.0
+        return dict(zip(ids, obj.anchor_mask(self.config.run.seed, step, ids, q).tolist(), strict=True))
+
+    def _sft_strength(self, progress: float) -> obj.SFTStrength | None:
+        o = self.config.objective
+        if progress >= o.sft_end:
+            return None
+        return obj.sft_strength(
+            o.sft_targets,
+            progress,
+            segments=o.reasoning_segments,
+            start=o.tool_call_start,
+            end=o.tool_call_end,
+            answer=o.answer_strength,
+        )
+
+    def _sft_scale(self, progress: float) -> float:
+        o = self.config.objective
+        if o.mu_start is None or o.mu_end is None:
+            return o.sft_weight
+        return obj.chord_mu(progress, o.mu_start, o.mu_end)
+
+    def _rl_scale(self, progress: float) -> float:
+        return 1.0 if self.config.objective.mu_start is None else 1.0 - self._sft_scale(progress)
+
+    def mini_batches(
+        self,
+        records: Sequence[Record],
+        rollouts: Sequence[Rollout],
+        anchored: dict[str, bool],
+        strength: obj.SFTStrength | None,
+        progress: float,
+    ) -> list[list[Sample]]:
+        """Samples of every update: prompts dealt to the mini-batches in turn, weights from each one's own
+        counts."""
+        o, count = self.config.objective, self.config.train.num_mini_batches
+        size = self.config.rollout.num_generations
+        advantages = self._advantages(rollouts)
+        out = []
+        for part in range(count):
+            samples: list[Sample] = []
+            rows = [i for i in range(len(rollouts)) if i // size % count == part]
+            if rows:
+                samples += self.builder.rollout_samples(
+                    [rollouts[i] for i in rows],
+                    [advantages[i] for i in rows],
+                    anchored,
+                    self._rl_scale(progress),
+                )
+            if strength is not None and records[part::count]:
+                samples += self.builder.trace_samples(
+                    records[part::count], strength, self._sft_scale(progress)
+                )
+            out.append([trim(s) for s in samples if needed(s, o)])
+        return out
+
+    def _advantages(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Per rollout, one advantage a turn."""
+        o = self.config.objective
+        rewards = [r.outcome.reward for r in rollouts if r.outcome is not None]
+        # A record may be drawn twice in a step: a group is one draw of it.
+        groups = [i // self.config.rollout.num_generations for i in range(len(rollouts))]
+        if o.advantages == "turn":
+            turn_rewards = [r.turn_rewards for r in rollouts]
+            return obj.turn_advantages(turn_rewards, rewards, groups, gamma=o.turn_discount)
+        values = obj.group_advantages(rewards, groups, mode=o.advantages)
+        return [value.expand(len(r.turn_rewards)) for value, r in zip(values, rollouts, strict=True)]
+
+    def update(self, samples: Sequence[Sample], step: int) -> Update:
+        """One optimizer update. A non-finite loss or gradient leaves the weights as they are."""
+        config = self.config
+        self.model.train()
+        self._set_learning_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, bad = [], []
+        for pack in pack_losses(
+            self.policy,
+            samples,
+            config.objective,
+            token_budget=config.train.token_budget,
+            packing=config.train.packing,
+            temperature=config.rollout.temperature,
+        ):
+            pack.loss.backward()
+            losses.append(pack_metrics(pack))
+            if not math.isfinite(losses[-1]["loss"]):
+                bad += [s.record_id for s in pack.samples]
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm))
+        skipped = bool(bad) or not math.isfinite(norm)
+        if skipped:
+            self._skip(step, sorted(set(bad or [s.record_id for s in samples])))
+        elif losses:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        self.engine.reset()
+        return Update(losses, norm, skipped)
+
+    def _skip(self, step: int, record_ids: list[str]) -> None:
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        limit = self.config.train.max_skipped_steps
+        print(f"step {step}: non-finite loss or gradient, update skipped; records: {', '.join(record_ids)}")
+        if self.skipped_in_a_row >= limit:
+            raise TrainingStopped(
+                f"{limit} updates in a row had a non-finite loss or gradient, last records "
+                f"{', '.join(record_ids)}: the weights before them are kept; lower "
+                "train.learning_rate or check those records"
+            )
+
+    def _set_learning_rate(self, step: int) -> None:
+        t = self.config.train
+        factor = 1.0
+        if step < t.warmup_steps:
+            factor = (step + 1) / t.warmup_steps
+        elif t.lr_scheduler_type != "constant":
+            done = (step - t.warmup_steps) / max(t.max_steps - t.warmup_steps, 1)
+            factor = 1 - done if t.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = t.learning_rate * factor
+
+    def _check_first_update(self, update: Update) -> None:
+        """The ratio is 1 on the first update after a rollout; anything else means two passes that
+        disagree."""
+        metrics = update_metrics([update])
+        kl, clipped = metrics.get("pact/ppo_kl", 0.0), metrics.get("clip_ratio", 0.0)
+        if self.config.model.dtype == "float32" and not update.skipped and (abs(kl) > 1e-6 or clipped > 0):
+            raise TrainingStopped(
+                f"first update after a rollout: ppo_kl={kl:.2e}, clip fraction {clipped:.2e}, both should "
+                "be 0: the scoring pass and the training pass compute different log-probs"
+            )
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds."""
+        config = self.config
+        (self.run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+        summary: dict[str, Any] = {
+            "preset": config.preset,
+            "seed": config.run.seed,
+            "config": config.to_dict(),
+        }
+        if config.eval.score_base:
+            summary["base"], _ = self.final_scores()
+        with MetricsLogger(self.run_dir) as logger, ProgressDisplay(config.train.max_steps) as progress:
+            try:
+                for step in range(config.train.max_steps):
+                    row = logger.log(step, self.train_step(step))
+                    progress.update(step + 1, row)
+                    if config.eval.every and (step + 1) % config.eval.every == 0:
+                        scores = self.evaluate("validation", config.eval.validation_tasks)[0]
+                        logger.log(step, eval_row(scores, "validation", 1.0))
+                        progress.message(f"step {step + 1}: validation solved {scores['solved']:.3f}")
+            finally:
+                self.save()
+            summary["final"], shown = self.final_scores()
+            for split, temperatures in summary["final"].items():
+                for mode, scores in temperatures.items():
+                    logger.log(config.train.max_steps - 1, eval_row(scores, split, float(mode == "sampled")))
+        (self.run_dir / "transcript.json").write_text(json.dumps(transcript(shown, self.chat), indent=1))
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        return summary
+
+    def save(self) -> None:
+        """Writes the policy as a plain Hugging Face folder."""
+        self.model.save_pretrained(self.run_dir / "model")
+        self.tokenizer.save_pretrained(self.run_dir / "model")
+
+    def evaluate(
+        self, split: str, tasks: int, temperature: float = 1.0
+    ) -> tuple[dict[str, Any], list[Rollout]]:
+        self.model.eval()
+        records = load_split(self.config, self.env, self.builder, split)[:tasks]
+        return evaluate(
+            self.engine,
+            self.env,
+            self.chat,
+            records,
+            limits=self.limits,
+            temperature=temperature,
+            samples=self.config.eval.samples if temperature else 1,
+            seed=self.config.run.seed,
+            batch_size=self.config.rollout.batch_size,
+        )
+
+    def final_scores(self) -> tuple[dict[str, dict[str, Any]], Rollout]:
+        """Scores at temperature 1 and greedy, and one held-out rollout to show."""
+        e = self.config.eval
+        splits = {"validation": e.validation_tasks} | ({"test": e.test_tasks} if e.score_test else {})
+        scores: dict[str, dict[str, Any]] = {}
+        shown: list[Rollout] = []
+        for split, tasks in splits.items():
+            sampled, _ = self.evaluate(split, tasks)
+            greedy, shown = self.evaluate(split, tasks, temperature=0.0)
+            scores[split] = {"sampled": sampled, "greedy": greedy}
+        return scores, max(shown, key=lambda r: len(r.turn_rewards) if r.outcome and r.outcome.solved else 0)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,128 @@
+"""The in-process engine draws from the model's own distribution, over turns, ragged rows and rows that
+leave."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from pact_fast.rollout.hf import HFEngine, _Batch
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(params=["qwen3", "llama"])
+def model(request):
+    torch.manual_seed(0)
+    kind = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[request.param]
+    # Default initialisation is nearly uniform; larger weights make positions and context matter.
+    return kind[1](kind[0](**SHAPE, initializer_range=0.4)).eval()
+
+
+def logprobs_of(model, context, tokens, temperature=1.0):
+    with torch.no_grad():
+        logits = model(torch.tensor([list(context) + list(tokens)])).logits[0].float() / temperature
+    logp = logits.log_softmax(-1)
+    return [float(logp[len(context) + i - 1, t]) for i, t in enumerate(tokens)]
+
+
+def generate(engine, prompts, limits, sessions=None, temperature=1.0, seed=0, stops=(5, 6)):
+    return engine.generate(
+        prompts,
+        max_new_tokens=limits,
+        temperature=temperature,
+        stop_token_ids=stops,
+        seed=seed,
+        sessions=sessions,
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_models_own_over_several_turns(model, temperature):
+    torch.manual_seed(1)
+    engine = HFEngine(model)
+    prompts = [torch.randint(7, 61, (n,)).tolist() for n in (9, 3, 3, 14, 1, 6)]
+    prompts[2] = prompts[1]
+    rows, contexts = list(range(6)), {i: list(p) for i, p in enumerate(prompts)}
+    for turn in range(3):
+        out = generate(
+            engine, [contexts[i] for i in rows], [4 + 5 * (i % 3) for i in rows], sessions=rows, seed=turn,
+            temperature=temperature,
+        )  # fmt: skip
+        for i, generation in zip(rows, out, strict=True):
+            want = logprobs_of(model, contexts[i], generation.token_ids, temperature)
+            assert generation.logprobs == pytest.approx(want, abs=1e-4)
+            contexts[i] += generation.token_ids + torch.randint(7, 61, (1 + (3 * i + turn) % 5,)).tolist()
+        rows = rows[::2] if turn == 0 else rows[::-1]
+
+
+def test_sessions_reuse_the_cache_and_change_nothing(model, monkeypatch):
+    prompts = [[9, 8, 7], [10, 11, 12, 13]]
+    first = HFEngine(model)
+    start = generate(first, prompts, [6, 3], sessions=["a", "b"], temperature=0.0, stops=())
+    longer = [p + g.token_ids + [20, 21] for p, g in zip(prompts, start, strict=True)]
+    fed = []
+    feed = _Batch.feed
+
+    def counting(batch, model, chunks):
+        fed.append(sum(len(c) for c in chunks))
+        return feed(batch, model, chunks)
+
+    monkeypatch.setattr(_Batch, "feed", counting)
+    resumed = generate(first, longer, [5, 5], sessions=["a", "b"], temperature=0.0, stops=())
+    assert fed[0] <= 3 + 3  # the last sampled token of each row and its two new ones
+    fresh = generate(HFEngine(model), longer, [5, 5], temperature=0.0, stops=())
+    assert [r.token_ids for r in resumed] == [f.token_ids for f in fresh]
+    for r, f in zip(resumed, fresh, strict=True):
+        assert r.logprobs == pytest.approx(f.logprobs, abs=1e-5)
+
+
+def test_a_rewritten_prompt_is_not_served_from_the_cache(model):
+    engine = HFEngine(model)
+    generate(engine, [[9, 8, 7]], [4], sessions=["a"])
+    out = generate(engine, [[9, 30, 7, 31]], [4], sessions=["a"])
+    assert out[0].logprobs == pytest.approx(logprobs_of(model, [9, 30, 7, 31], out[0].token_ids), abs=1e-4)
+
+
+def test_stop_token_ends_a_row_and_is_kept(model):
+    out = generate(HFEngine(model), [[9, 8]] * 64, [40] * 64, stops=range(7, 30))
+    assert {g.finish_reason for g in out} == {"stop"}
+    for g in out:
+        assert g.token_ids[-1] in range(7, 30)
+        assert not any(t in range(7, 30) for t in g.token_ids[:-1])
+
+
+def test_length_limit_is_per_row(model):
+    out = generate(HFEngine(model), [[9], [9], [9]], [1, 4, 9], stops=())
+    assert [len(g.token_ids) for g in out] == [1, 4, 9]
+    assert {g.finish_reason for g in out} == {"length"}
+
+
+def test_the_seed_makes_the_draw_repeatable(model):
+    def draw(seed):
+        return [g.token_ids for g in generate(HFEngine(model), [[9, 8]] * 8, [12] * 8, seed=seed)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_samples_follow_the_distribution(model):
+    out = generate(HFEngine(model), [[9, 8, 7]] * 4000, [1] * 4000, stops=())
+    counts = torch.bincount(torch.tensor([g.token_ids[0] for g in out]), minlength=61) / 4000
+    with torch.no_grad():
+        want = model(torch.tensor([[9, 8, 7]])).logits[0, -1].softmax(-1)
+    assert float((counts - want).abs().max()) < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_a_sliding_window_model_is_refused(model):
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="sliding_attention"):
+        HFEngine(model)
