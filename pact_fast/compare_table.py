@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +51,9 @@ def result_rows(runs: Sequence[FinishedRun], reference: str) -> list[dict[str, A
                 for name in presets:
                     means = [block[score] for block in blocks[name].values()]
                     interval = mean_interval(means)
+                    if score == "solved":  # a share: few seeds can carry the t limits outside [0, 1]
+                        low, high = np.clip([interval.low, interval.high], 0, 1).tolist()
+                        interval = Interval(interval.mean, low, high, interval.n)
                     value = next(run.value for run in of_setting if run.preset == name)
                     row = _row(setting, name, mode, score, interval, len(means), blocks[name])
                     row["tuned_value"] = "" if value is None else value
@@ -192,7 +196,7 @@ def _difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]], scor
 
 def _table(setting: str, rows: Sequence[dict[str, Any]], reference: str) -> Table:
     seeds = max(row["seeds"] for row in rows)
-    table = Table(title=f"{setting}: {seeds} seeds, 95% intervals", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{setting}: solved share, {seeds} seeds, 95% intervals", box=box.SIMPLE_HEAD)
     for column in (
         "preset",
         "tuned",
@@ -203,12 +207,12 @@ def _table(setting: str, rows: Sequence[dict[str, Any]], reference: str) -> Tabl
         "calls",
     ):
         table.add_column(column, no_wrap=True)
-    for cells in _cells(rows, setting):
+    for cells in _cells(rows, setting, digits=2):
         table.add_row(*cells, style="bold" if cells[0] == reference else "")
     return table
 
 
-def _cells(rows: Sequence[dict[str, Any]], setting: str) -> list[list[str]]:
+def _cells(rows: Sequence[dict[str, Any]], setting: str, digits: int = 3) -> list[list[str]]:
     """preset, tuned value, solved per mode, difference per mode, calls at T=1."""
     by_key = {(row["preset"], row["mode"], row["score"]): row for row in rows if row["setting"] == setting}
     cells = []
@@ -217,20 +221,23 @@ def _cells(rows: Sequence[dict[str, Any]], setting: str) -> list[list[str]]:
         tuned = solved[0]["tuned_value"]
         cells.append(
             [preset, f"{tuned:g}" if tuned != "" else ""]
-            + [_text(row, "mean", "low", "high") for row in solved]
-            + [_text(row, "difference", "difference_low", "difference_high", sign="+") for row in solved]
+            + [_text(row, "", digits) for row in solved]
+            + [_text(row, "difference", digits) for row in solved]
             + [f"{by_key[preset, 'sampled', 'calls']['mean']:.2f}"]
         )
     return cells
 
 
-def _text(row: dict[str, Any], mean: str, low: str, high: str, sign: str = "") -> str:
-    if row[mean] == "":
+def _text(row: dict[str, Any], kind: str, digits: int) -> str:
+    """Mean (kind "") or signed difference (kind "difference") with limits; empty where there is none."""
+    keys = (kind, f"{kind}_low", f"{kind}_high") if kind else ("mean", "low", "high")
+    mean, low, high = (row[key] for key in keys)
+    if mean == "":
         return ""
-    limits = (
-        "" if row[low] != row[low] else f" [{row[low]:{sign}.3f}, {row[high]:{sign}.3f}]"
-    )  # NaN: one seed
-    return f"{row[mean]:{sign}.3f}{limits}"
+    form = f"{'+' if kind else ''}.{digits}f"
+    return f"{mean:{form}}" + (
+        "" if low != low else f" [{low:{form}}, {high:{form}}]"
+    )  # NaN limits: one seed
 
 
 def _or(value: float, default: float) -> float:

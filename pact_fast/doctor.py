@@ -65,7 +65,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Looks at the machine, the packages and the compiled parts; a part that cannot be read is an error line."""
+    """Looks at machine, packages and compiled parts; a part that cannot be examined is an error line."""
     findings = [
         Finding("machine", "python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Finding("machine", "cpu", "ok", _cpu()),
