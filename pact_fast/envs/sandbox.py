@@ -7,6 +7,7 @@ run elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,9 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +28,8 @@ from typing import Any
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 MAX_PROGRAMS = 2048  # per worker, then it starts over
 MAX_RESPONSE = 4 << 20  # bytes
+MAX_FILE = 4 << 20  # bytes a tool may write to one file of its scratch folder
+START_LIMIT, STOP_LIMIT = 30.0, 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,12 @@ class CallResult:
 
 
 class _Worker:
-    def __init__(self) -> None:
+    """One worker process and the frames on their way to and from it."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        command = [sys.executable, "-I", "-S", str(WORKER), json.dumps(options)]
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}, cwd="/"
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -72,6 +80,22 @@ class _Worker:
         self.incoming = bytearray()
         self.pending: deque[int] = deque()
         self.deadline = float("inf")
+        self.protections: dict[str, Any] = self._hello()["protections"]
+
+    def _hello(self) -> dict[str, Any]:
+        """The worker's first frame, sent once it has shut itself in."""
+        deadline = time.monotonic() + START_LIMIT
+        while time.monotonic() < deadline:
+            if select.select([self.stdout], [], [], START_LIMIT)[0]:
+                try:
+                    if frames := self.read():
+                        return frames[0]
+                except EOFError:
+                    break
+        self.kill()
+        raise RuntimeError(
+            f"a sandbox worker did not start (exit status {self.process.returncode}): see its stderr above"
+        )
 
     def submit(self, index: int, call: SandboxCall) -> None:
         if call.program.key not in self.programs:
@@ -125,26 +149,64 @@ class _Worker:
         return frames
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.stdout.close()  # type: ignore[union-attr]
+        """Lets go of the pipe: the worker's outer process ends the inner one, with all that it started."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
 
 
 class Sandbox:
-    """A pool of `workers` processes; `time_limit` is wall seconds per call."""
+    """A pool of worker processes for tool code, started when first used.
 
-    def __init__(self, *, workers: int = 1, time_limit: float = 5.0) -> None:
+    workers: processes. time_limit: wall seconds per call; CPU seconds are limited to the same, rounded up.
+    memory_mb: address space of a worker. isolate=False leaves the namespaces out (limits and system-call
+    filter stay). `protections` tells what holds on this machine; use as a context manager, or `close()`.
+    """
+
+    def __init__(
+        self, *, workers: int = 1, time_limit: float = 5.0, memory_mb: int = 512, isolate: bool = True
+    ) -> None:
         self.time_limit = time_limit
         self.count = workers
         self.workers: list[_Worker] = []
+        self.restarts = 0  # workers replaced so far
+        self._root = tempfile.mkdtemp(prefix="pact-sandbox-")  # a mount point; stays empty
+        self._options = {
+            "root": self._root,
+            "memory": memory_mb << 20,
+            "file_bytes": MAX_FILE,
+            "cpu_seconds": time_limit,
+            "isolate": isolate,
+        }
+        self._finalizer = weakref.finalize(self, _close, self.workers, self._root)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def protections(self) -> dict[str, Any]:
+        """{name: True, or the reason why not} for namespaces, root, limits, capabilities, seccomp."""
+        self._fill()
+        return dict(self.workers[0].protections)
+
+    def _fill(self) -> None:
+        while len(self.workers) < self.count:
+            self.workers.append(_Worker(self._options))
 
     def run(self, calls: Sequence[SandboxCall]) -> list[CallResult]:
         results: dict[int, CallResult] = {}
         todo = deque(range(len(calls)))
         while len(results) < len(calls):
-            while len(self.workers) < self.count:
-                self.workers.append(_Worker())
+            self._fill()
             for turn, index in enumerate(todo):
                 self.workers[turn % len(self.workers)].submit(index, calls[index])
             todo.clear()
@@ -163,42 +225,57 @@ class Sandbox:
             for fd in writable:
                 self._guard(writers[fd], writers[fd].write, results, todo)
             for fd in readable:
-                self._guard(readers[fd], lambda w=readers[fd]: self._collect(w, results), results, todo)
+                self._guard(readers[fd], lambda w=readers[fd]: self._collect(w, results, todo), results, todo)
             now = time.monotonic()
             for worker in busy:
                 if worker in self.workers and worker.pending and now > worker.deadline:
-                    self._replace(
-                        worker,
-                        CallResult("timeout", error=f"no result in {self.time_limit:g} s"),
-                        results,
-                        todo,
+                    self._fail(
+                        worker, CallResult("timeout", error=f"no result in {self.time_limit:g} s"), results
                     )
+                    self._replace(worker, todo)
 
-    def _collect(self, worker: _Worker, results: dict[int, CallResult]) -> None:
+    def _collect(self, worker: _Worker, results: dict[int, CallResult], todo: deque[int]) -> None:
         for frame in worker.read():
             index = worker.pending.popleft()
             if frame["id"] != index:
                 raise ValueError("answer to another call")
             results[index] = CallResult(frame["kind"], frame.get("value"), frame.get("error", ""))
             worker.deadline = time.monotonic() + self.time_limit
+            if frame.get("recycle"):
+                self._replace(worker, todo)
+                return
 
     def _guard(self, worker: _Worker, action, results, todo) -> None:
         if worker not in self.workers:
             return
         try:
             action()
-        except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
-            died = CallResult("died", error=f"the tool ended its process ({type(error).__name__})")
-            self._replace(worker, died, results, todo)
+        except (OSError, EOFError, ValueError, TypeError, LookupError) as error:  # gone, or no longer sane
+            self._fail(
+                worker,
+                CallResult("died", error=f"the tool ended its process ({type(error).__name__})"),
+                results,
+            )
+            self._replace(worker, todo)
 
-    def _replace(self, worker: _Worker, result: CallResult, results, todo) -> None:
+    @staticmethod
+    def _fail(worker: _Worker, result: CallResult, results: dict[int, CallResult]) -> None:
+        """Books `result` for the call the worker was at."""
         if worker.pending:
             results[worker.pending.popleft()] = result
+
+    def _replace(self, worker: _Worker, todo: deque[int]) -> None:
         todo.extend(worker.pending)
         self.workers.remove(worker)
+        self.restarts += 1
         worker.kill()
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
-        self.workers = []
+        self._finalizer()
+
+
+def _close(workers: list[_Worker], root: str) -> None:
+    while workers:
+        workers.pop().kill()
+    with contextlib.suppress(OSError):
+        os.rmdir(root)
