@@ -53,11 +53,15 @@ class SampleBuilder:
 
     def __init__(self, chat: ChatFormat, objective: ObjectiveConfig, max_completion_length: int) -> None:
         self.chat, self.objective, self.max_length = chat, objective, max_completion_length
+        self._prompts: dict[str, Tokens] = {}
         self._traces: dict[str, Tokens] = {}
         self._privileged: dict[str, list[int]] = {}
 
     def prompt(self, record: Record) -> Tokens:
-        return self.chat.prompt(record.prompt, record.tools)
+        """Tokens of x."""
+        if record.id not in self._prompts:
+            self._prompts[record.id] = self.chat.prompt(record.prompt, record.tools)
+        return self._prompts[record.id]
 
     def privileged_prompt(self, record: Record) -> list[int]:
         """Token ids of c(x, h)."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pact_fast.data.chat import ChatFormat
+from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
 from pact_fast.envs.base import FAILURE_KINDS, ToolEnv
 from pact_fast.rollout import Engine, Rollout, RolloutLimits, collect_rollouts
@@ -19,6 +19,7 @@ def evaluate(
     chat: ChatFormat,
     records: Sequence[Record],
     *,
+    prompts: Sequence[Tokens] | None = None,
     limits: RolloutLimits,
     temperature: float,
     samples: int = 1,
@@ -36,6 +37,7 @@ def evaluate(
         chat,
         records,
         num_generations=samples,
+        prompts=prompts,
         limits=limits,
         temperature=temperature,
         seed=seed,

@@ -66,7 +66,9 @@ class Trainer:
         self.engine = HFEngine(self.model)
         self.env = make_env(config.env.name, config.env.settings)
         self.builder = SampleBuilder(self.chat, config.objective, config.rollout.max_completion_length)
-        self.records = load_split(config, self.env, self.builder, "train")
+        splits = ("train", "validation", *(["test"] if config.eval.score_test else []))
+        self.splits = {split: load_split(config, self.env, self.builder, split) for split in splits}
+        self.records = self.splits["train"]
         self.limits = RolloutLimits(
             config.rollout.max_turns, config.rollout.max_completion_length, config.rollout.max_turn_length
         )
@@ -139,6 +141,7 @@ class Trainer:
             self.chat,
             records,
             num_generations=config.num_generations,
+            prompts=[self.builder.prompt(r) for r in records],
             limits=self.limits,
             temperature=config.temperature,
             seed=self.config.run.seed * 1_000_003 + step,
@@ -320,12 +323,13 @@ class Trainer:
         self, split: str, tasks: int, temperature: float = 1.0
     ) -> tuple[dict[str, Any], list[Rollout]]:
         self.model.eval()
-        records = load_split(self.config, self.env, self.builder, split)[:tasks]
+        records = self.splits[split][:tasks]
         return evaluate(
             self.engine,
             self.env,
             self.chat,
             records,
+            prompts=[self.builder.prompt(r) for r in records],
             limits=self.limits,
             temperature=temperature,
             samples=self.config.eval.samples if temperature else 1,

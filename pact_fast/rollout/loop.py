@@ -71,6 +71,7 @@ def collect_rollouts(
     *,
     num_generations: int,
     limits: RolloutLimits,
+    prompts: Sequence[Tokens] | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
@@ -80,6 +81,7 @@ def collect_rollouts(
     Args:
         engine, env, chat: the policy's engine, the environment and the token format.
         records: prompts; their expert traces are not shown.
+        prompts: their prompts as tokens, where the caller has them already.
         limits: turn and token limits; an episode that meets one is ended with that failure kind.
         temperature: of the sampling; 0 is greedy.
         seed: makes the draw repeatable.
@@ -88,7 +90,8 @@ def collect_rollouts(
     Returns:
         Rollouts in the order of `records`, the G of a record beside each other, outcomes filled in.
     """
-    prompts = [chat.prompt(r.prompt, r.tools) for r in records]
+    if prompts is None:
+        prompts = [chat.prompt(r.prompt, r.tools) for r in records]
     rollouts = [Rollout(r, p) for r, p in zip(records, prompts, strict=True) for _ in range(num_generations)]
     for wave, start in enumerate(range(0, len(rollouts), batch_size)):
         _run_wave(
