@@ -108,6 +108,7 @@ class ToolEnv(Protocol):
 
 REGISTRY = {
     "toolbox": "pact_fast.envs.toolbox:ToolboxEnv",
+    "python": "pact_fast.envs.python_tools:PythonToolsEnv",
     "bfcl": "pact_fast.envs.bfcl:BfclEnv",
     "ftrl": "pact_fast.envs.ftrl:FtrlEnv",
     "toolhop": "pact_fast.envs.toolhop:ToolHopEnv",

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("sandbox_worker.py")
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # so that a set has one order in every worker
 MAX_PROGRAMS = 2048  # per worker, then it starts over
 MAX_RESPONSE = 4 << 20  # bytes
 MAX_FILE = 4 << 20  # bytes a tool may write to one file of its scratch folder
@@ -66,9 +67,9 @@ class _Worker:
     """One worker process and the frames on their way to and from it."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        command = [sys.executable, "-I", "-S", str(WORKER), json.dumps(options)]
+        command = [sys.executable, "-S", "-s", "-P", str(WORKER), json.dumps(options)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}, cwd="/"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd="/"
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None

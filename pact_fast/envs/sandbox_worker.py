@@ -1,4 +1,4 @@
-"""The process that runs tool code. Started by path with `python -I -S`: standard library only, no package.
+"""The process that runs tool code. Started by path with `python -S -s -P`: standard library only, no package.
 
 Two processes: the outer one enters the namespaces, starts the inner one, and ends it when the trainer lets
 go of the pipe or dies; the inner one shuts itself in (sandbox_protect.py) and then runs calls. Frames on

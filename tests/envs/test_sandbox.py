@@ -72,7 +72,7 @@ def test_a_tool_that_hangs_or_ends_its_process_costs_one_worker(sandbox, body, k
     [
         ("import sys; sys.exit(1)", "SystemExit"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("data = []\nwhile True: data.append(bytearray(1 << 26))", "MemoryError"),
+        ("return len(bytearray(1 << 30))", "MemoryError"),
         ("return object()", "TypeError"),
         ("return {1, 2}", "TypeError"),
         ("return 'x' * (1 << 22)", "at most"),
@@ -88,6 +88,15 @@ def test_a_tool_that_fails_yields_its_error_and_nothing_else(sandbox, body, frag
     assert fragment in result.error
     assert len(result.error) <= 300
     assert works(sandbox)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_tool_that_gathers_memory_gets_an_error_and_its_worker_is_replaced(isolate):
+    with Sandbox(time_limit=30, memory_mb=96, isolate=isolate) as sandbox:
+        result = run_one(sandbox, "data = []\nwhile True: data.append(bytearray(1 << 22))")
+        assert (result.kind, result.error) == ("error", "MemoryError")
+        assert sandbox.restarts == 1
+        assert works(sandbox)
 
 
 def test_a_syntax_error_or_a_missing_function_is_the_tools_error(sandbox):

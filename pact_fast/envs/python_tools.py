@@ -1,0 +1,281 @@
+"""Tasks whose tools are Python source: the environment of one's own tools, and the ground FTRL and ToolHop
+stand on.
+
+A record's `env` holds `codes` ({tool name: source that defines a function of that name}) and `answer`. The
+source is
+untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result becomes text the way
+FTRL does
+it: dicts and lists as JSON, text as it is, all else through str().
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pact_fast.data.chat import AssistantTurn, ToolCall
+from pact_fast.data.records import Record, load_records
+from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.sandbox import CallResult, Program, Sandbox, SandboxCall
+
+RENDER = """
+def render_result(name, arguments):
+    import json
+    value = globals()[name](**arguments)
+    if type(value) in (dict, list):
+        return json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else str(value)
+"""
+
+
+@dataclass(frozen=True)
+class PythonToolsSettings:
+    """Files of records (.jsonl or .parquet) and how their tools are run."""
+
+    train_path: str | None = None
+    validation_path: str | None = None  # None: drawn from the training file
+    test_path: str | None = None
+    validation_tasks: int = 32  # drawn from the training file where validation_path is None
+    seed: int = 0  # of that draw
+
+    answer_weight: float = (
+        0.5  # `python` only: share of the reward for the final answer, the rest for sub-answers
+    )
+    max_consecutive_invalid: int = 3  # unreadable or unknown calls; then the episode ends
+    max_response_length: int = (
+        4096  # characters of a tool's response; the rest is cut off, and the cut is said
+    )
+    workers: int = 2
+    time_limit: float = 10.0  # seconds per call
+    memory_mb: int = 512  # per worker
+
+
+@dataclass
+class SourceEpisode(Episode):
+    """`remaining`: the answers of each tool no call has given yet. `content`: of the last assistant turn."""
+
+    remaining: dict[str, list[str]] = field(default_factory=dict)
+    solved: int = 0
+    valid_calls: int = 0
+    turn_rewards: list[float] = field(default_factory=list)
+    called: list[ToolCall] = field(default_factory=list)
+    content: str = ""
+    closed: bool = False  # ended by a turn without calls
+    last_response: str | None = None  # the tool message just before the last assistant turn, if there is one
+
+    @property
+    def unsolved(self) -> int:
+        return sum(len(answers) for answers in self.remaining.values())
+
+
+def matches(text: str, gold: str) -> bool:
+    """Whether every ", "-separated part of `gold` stands in `text`; case and commas do not count."""
+    plain = text.lower().replace(",", "").strip()
+    return all(part.lower().replace(",", "").strip() in plain for part in gold.split(", "))
+
+
+class PythonToolsEnv:
+    """One's own tools: reward = w * (answer right) + (1 - w) * Solve-F1 over `unsolved_set` where the
+    record has one.
+
+    `env` of a record: `codes`, `answer`, and optionally `unsolved_set` ({tool name: [values its calls
+    should give]}).
+    """
+
+    name = "python"
+    Settings: type[PythonToolsSettings] = PythonToolsSettings
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+        self.sandbox = Sandbox(
+            workers=settings.workers, time_limit=settings.time_limit, memory_mb=settings.memory_mb
+        )
+        self._files: dict[str, list[Record]] = {}
+
+    # Records
+
+    def records(self, split: str) -> list[Record]:
+        if split == "test":
+            return self._load("test_path")
+        if split == "validation" and self.settings.validation_path is not None:
+            return self._load("validation_path")
+        if split not in ("train", "validation"):
+            raise ValueError(f"split: train, validation or test, got {split!r}")
+        records = self._load("train_path")
+        if self.settings.validation_path is not None:
+            return records
+        held = self._held_out(len(records))
+        return [r for i, r in enumerate(records) if (i in held) == (split == "validation")]
+
+    def _held_out(self, count: int) -> set[int]:
+        wanted = self.settings.validation_tasks
+        if wanted >= count:
+            raise ValueError(
+                f"env.{self.name}.validation_tasks: {wanted} of {count} training records would leave none "
+                "to train on"
+            )
+        return set(random.Random(self.settings.seed).sample(range(count), wanted))
+
+    def _load(self, key: str) -> list[Record]:
+        path = getattr(self.settings, key)
+        if path is None:
+            raise ValueError(f"env.{self.name}.{key}: is not set, give the file of records")
+        if path not in self._files:
+            self._files[path] = [self._prepare(r) for r in self._read(Path(path))]
+        return self._files[path]
+
+    def _read(self, path: Path) -> list[Record]:
+        return load_records(path, require_trace=False).records
+
+    def _prepare(self, record: Record) -> Record:
+        """The record with the fields this environment reads decoded and checked."""
+        for key, required in (("codes", True), ("unsolved_set", False)):
+            record.env[key] = decoded(record, key, required)
+        for tool in record.tools:
+            name = tool["function"]["name"]
+            if name not in record.env["codes"]:
+                raise ValueError(f"{record.source}: record {record.id!r}: codes: no source for tool {name!r}")
+        return record
+
+    # Episodes
+
+    def start(self, records: Sequence[Record]) -> list[SourceEpisode]:
+        return [
+            SourceEpisode(r, remaining={k: list(v) for k, v in (r.env.get("unsolved_set") or {}).items()})
+            for r in records
+        ]
+
+    def step(self, episodes: Sequence[SourceEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
+        jobs = [
+            self._job(episode, call)
+            for episode, turn in zip(episodes, turns, strict=True)
+            for call in turn.tool_calls
+            if self._runs(episode, call)
+        ]
+        results = iter(self.sandbox.run(jobs))
+        return [self._step_one(e, t, results) for e, t in zip(episodes, turns, strict=True)]
+
+    def _runs(self, episode: SourceEpisode, call: ToolCall) -> bool:
+        return call.error is None and call.name in episode.record.env["codes"]
+
+    def _job(self, episode: SourceEpisode, call: ToolCall) -> SandboxCall:
+        program = Program(episode.record.env["codes"][call.name] + "\n" + RENDER)
+        return SandboxCall(program, "render_result", {"name": call.name, "arguments": call.arguments})
+
+    def _step_one(
+        self, episode: SourceEpisode, turn: AssistantTurn, results: Iterator[CallResult]
+    ) -> StepResult:
+        episode.content = turn.content
+        if not turn.tool_calls:
+            episode.done = episode.closed = True
+            reward = self._turn_reward(episode, turn, 0)
+            episode.turn_rewards.append(reward)
+            return StepResult(done=True, reward=reward)
+        before = episode.solved
+        responses = tuple(self._answer(episode, call, results) for call in turn.tool_calls)
+        episode.last_response = responses[-1]
+        episode.done = episode.invalid_in_a_row >= self.settings.max_consecutive_invalid
+        reward = self._turn_reward(episode, turn, episode.solved - before)
+        episode.turn_rewards.append(reward)
+        return StepResult(responses, done=episode.done, reward=reward)
+
+    def _answer(self, episode: SourceEpisode, call: ToolCall, results: Iterator[CallResult]) -> str:
+        """The response to one call, with everything it changes in the episode."""
+        if call.error is not None:
+            episode.invalid_in_a_row += 1
+            episode.count_failure("bad_arguments")
+            return f"Error: the call could not be read: {call.error}"
+        episode.calls += 1
+        episode.called.append(call)
+        if not self._runs(episode, call):
+            episode.invalid_in_a_row += 1
+            episode.count_failure("unknown_tool")
+            return f"Error: no tool named {call.name!r}. Tools: {', '.join(episode.record.env['codes'])}."
+        episode.invalid_in_a_row = 0
+        episode.valid_calls += 1
+        kind, text = self._render(call, next(results))
+        if kind is not None:
+            episode.count_failure(kind)
+        self._solve(episode, call.name, text)
+        limit = self.settings.max_response_length
+        return text if len(text) <= limit else f"{text[:limit]}... ({len(text) - limit} characters cut off)"
+
+    def _render(self, call: ToolCall, result: CallResult) -> tuple[str | None, str]:
+        """(failure kind or None, text): arguments the function does not take are the model's mistake."""
+        if result.kind == "ok":
+            return None, result.value
+        name, _, message = result.error.partition(": ")
+        wrong_arguments = name == "TypeError" and f"{call.name}()" in message
+        kind = "bad_arguments" if wrong_arguments else "tool_error"
+        return kind, f"Error when calling {call.name}: {message or result.error}"
+
+    def _solve(self, episode: SourceEpisode, tool: str, text: str) -> None:
+        """The first remaining answer of this tool that stands in the output is solved."""
+        answers = episode.remaining.get(tool, [])
+        for answer in answers:
+            if matches(text, answer):
+                answers.remove(answer)
+                episode.solved += 1
+                return
+
+    # Scores
+
+    def finish(self, episodes: Sequence[SourceEpisode], truncated: Sequence[str | None]) -> list[Outcome]:
+        return [self._outcome(e, cut) for e, cut in zip(episodes, truncated, strict=True)]
+
+    def _turn_reward(self, episode: SourceEpisode, turn: AssistantTurn, newly: int) -> float:
+        if turn.tool_calls:
+            return 2 * newly / (len(turn.tool_calls) + 1)
+        return float(self._answered(episode))
+
+    def _answered(self, episode: SourceEpisode) -> bool:
+        answer = episode.record.env.get("answer")
+        return answer is not None and episode.closed and matches(episode.content, str(answer))
+
+    def _outcome(self, episode: SourceEpisode, truncated: str | None) -> Outcome:
+        scores = solve_scores(episode) | {"answer": float(self._answered(episode))}
+        weight = self.settings.answer_weight if episode.record.env.get("unsolved_set") else 1.0
+        reward = weight * scores["answer"] + (1 - weight) * scores["solve_f1"]
+        return self._book(episode, truncated, reward, scores["answer"] == 1.0, scores)
+
+    @staticmethod
+    def _book(episode: SourceEpisode, truncated: str | None, reward: float, solved: bool, scores) -> Outcome:
+        failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
+        return Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+
+    def close(self) -> None:
+        self.sandbox.close()
+
+
+def solve_scores(episode: SourceEpisode) -> dict[str, float]:
+    """Solve-P = S/C (1 where C = 0), Solve-R = S/U, Solve-F1 = 2S/(C+U); 1 for a record without
+    sub-answers."""
+    solved, calls, total = episode.solved, episode.calls, episode.solved + episode.unsolved
+    return {
+        "solve_p": solved / calls if calls else 1.0,
+        "solve_r": solved / total if total else 1.0,
+        "solve_f1": 2 * solved / (calls + total) if total else 1.0,
+    }
+
+
+def decoded(record: Record, key: str, required: bool) -> Any:
+    """A field of `env` that files hold as JSON text or as an object. Raises ValueError naming file, record,
+    field."""
+    value = record.env.get(key)
+    where = f"{record.source}: record {record.id!r}: {key}"
+    if value is None and not required:
+        return None
+    if value is None:
+        raise ValueError(f"{where}: is missing")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: is text but not JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: must be an object, got {type(value).__name__}")
+    return value
