@@ -5,12 +5,129 @@ backward multiplies by the incoming one and hands out; there is nothing to recom
 second backward.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pact_fast.kernels.checks import require_indices, require_weights
+from pact_fast.kernels.products import add_product, capturing, equal_chunks, padded_rows
 from pact_fast.kernels.reference import linear_pact_loss as reference
 from pact_fast.kernels.reference.linear_logprob import accumulation_dtype
+
+
+CHUNK_BYTES = (
+    1216 << 20
+)  # of a chunk's logits: 4,096 rows of 151,936 in bf16; below 1,000 rows dW is bound by memory
+
+
+def rows_loss(impl: str) -> Callable[..., None]:
+    """The row kernel of an implementation, imported only when it is wanted."""
+    if impl == "cuda":
+        from pact_fast.kernels import logits_rows_cuda
+
+        return logits_rows_cuda.rows_loss
+    from pact_fast.kernels import logits_rows
+
+    return logits_rows.rows_loss
+
+
+def fused_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    row_index: Tensor | None,
+    terms: reference.RowTerms,
+    how: reference.Surrogate,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    needs: tuple[bool, bool, bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Sums [5], logprobs [R], gradients of (hidden, weight, bias): per chunk three GEMMs and one row kernel.
+
+    Waits for the device once, to count the live rows, and only where no row_index names them.
+    """
+    kept = None
+    if row_index is None and not capturing(hidden):
+        kept = row_index = terms.live().nonzero().squeeze(1)
+        target, terms = target[kept], terms.select(kept)
+    rows, vocab = target.shape[0], weight.shape[0]
+    logprobs = hidden.new_empty(rows, dtype=torch.float32)
+    parts = hidden.new_empty(5, rows, dtype=torch.float32)
+    step = min(equal_chunks(rows, CHUNK_BYTES // (hidden.element_size() * vocab)), rows)
+    grads = ChunkGradients(hidden, weight, bias, rows, step, needs)
+    buffer = padded_rows(step, vocab, hidden)
+    row_kernel = rows_loss(impl)
+    for i in range(0, rows, step or 1):
+        chunk = slice(i, min(i + step, rows))
+        part = terms.select(chunk)
+        x = hidden[chunk] if row_index is None else hidden.index_select(0, row_index[chunk])
+        if kept is None:
+            x = x.masked_fill(~part.live()[:, None], 0)  # 0 * NaN in dW
+        logits = buffer[: chunk.stop - i]
+        torch.mm(x, weight.t(), out=logits)
+        row_kernel(
+            logits,
+            bias,
+            target[chunk],
+            part,
+            how,
+            logprobs[chunk],
+            parts[:, chunk],
+            temperature,
+            softcap,
+            any(needs),
+        )
+        grads.add(chunk, x, logits)
+    del buffer
+    if kept is not None and rows < hidden.shape[0]:
+        logprobs = logprobs.new_zeros(hidden.shape[0]).index_copy_(0, kept, logprobs)
+    return parts.sum(1), logprobs, grads.result(row_index)
+
+
+class ChunkGradients:
+    """dX per loss row, dW and db summed over chunks in fp32; one chunk writes dW directly in its final dtype."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        step: int,
+        needs: tuple[bool, bool, bool],
+    ):
+        needs_hidden, needs_weight, needs_bias = needs
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.d_rows = hidden.new_empty(rows, hidden.shape[1]) if needs_hidden else None
+        self.d_weight, self.d_bias = None, None
+        if needs_weight:
+            dtype = weight.dtype if rows == step else torch.float32
+            make = torch.zeros if rows == 0 else torch.empty
+            self.d_weight = make(weight.shape, dtype=dtype, device=weight.device)
+        if bias is not None and needs_bias:
+            self.d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+
+    def add(self, chunk: slice, x: Tensor, dz: Tensor) -> None:
+        if self.d_rows is not None:
+            torch.mm(dz, self.weight, out=self.d_rows[chunk])
+        if self.d_weight is not None:
+            add_product(self.d_weight, dz.t(), x, first=chunk.start == 0)
+        if self.d_bias is not None:
+            self.d_bias += dz.sum(0, dtype=torch.float32)
+
+    def result(self, row_index: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        d_hidden = self.d_rows
+        if d_hidden is not None and row_index is not None:
+            from pact_fast.kernels.gradient_rows import sum_rows
+
+            d_hidden = d_hidden.new_empty(self.hidden.shape)
+            sum_rows(self.d_rows, row_index, d_hidden)
+        d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
+        return d_hidden, d_weight, None if self.d_bias is None else self.d_bias.to(self.bias.dtype)
 
 
 @torch.library.custom_op("pact_fast::linear_pact_loss", mutates_args=())
@@ -49,17 +166,12 @@ def linear_pact_loss_op(
     if row_index is not None:
         require_indices("row_index", row_index, hidden.shape[0])
     needs = (needs_hidden, needs_weight, needs_bias)
-    sums, logprobs, grads = reference.linear_pact_loss_forward(
-        hidden,
-        weight,
-        target.long(),
-        None if row_index is None else row_index.long(),
-        terms,
-        how,
-        bias,
-        temperature,
-        softcap,
-        needs,
+    index = None if row_index is None else row_index.long()
+    forward = (
+        reference.linear_pact_loss_forward if impl == "torch" else functools.partial(fused_forward, impl=impl)
+    )
+    sums, logprobs, grads = forward(
+        hidden, weight, target.long(), index, terms, how, bias, temperature, softcap, needs
     )
     loss = sums[0] + sums[1]
     if beta != 0.0:
@@ -127,6 +239,11 @@ def _backward(ctx, grad_loss, *unused):
 
 
 def scale_gradient(grad: Tensor, by: Tensor) -> Tensor:
+    """grad * by; in place on CUDA, where a second [V, H] tensor would be the peak of the whole step."""
+    if grad.is_cuda and not torch.compiler.is_compiling():
+        from pact_fast.kernels.gradient_rows import scale_
+
+        return scale_(grad, by)
     return grad * by.to(grad.dtype)
 
 

@@ -4,6 +4,7 @@ Dims: N rows, R loss rows, T packed tokens, H hidden, V vocabulary.
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -424,7 +425,15 @@ def _choose(impl: str, hidden: Tensor) -> str:
     if impl not in ("auto", "torch", "triton", "cuda"):
         raise ValueError(f'impl must be "auto", "torch", "triton" or "cuda", got {impl!r}')
     if impl == "auto":
-        impl = "triton" if hidden.is_cuda else "torch"
-    if impl in ("triton", "cuda"):
-        raise ValueError(f'impl="{impl}" is not available here; pass impl="torch"')
+        return "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "torch"
+    if impl == "torch":
+        return impl
+    if hidden.dtype == torch.float64:
+        raise TypeError(
+            f'impl="{impl}" takes bf16, fp16 or fp32 hidden, got {hidden.dtype}; pass impl="torch"'
+        )
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not hidden.is_cuda and not interpreted:
+        hint = "move the tensors to a GPU, or set TRITON_INTERPRET=1 before importing triton"
+        raise ValueError(f'impl="{impl}" needs CUDA tensors, hidden is on {hidden.device}: {hint}')
     return impl

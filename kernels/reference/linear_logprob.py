@@ -2,13 +2,13 @@
 
 With x [N, H], W [V, H], b [V], capacity c and temperature T:
 
-    z = x W^T + b          l = c tanh(z / c) / T          lse = log sum_j exp l_j
-    logprob = l_target - lse          p = exp(l - lse)          entropy = lse - sum_j p_j l_j
-    d logprob / d l = 1[j = target] - p          d entropy / d l = -p (l - lse + entropy)
+    z = x W^T + b          l = c tanh(z / c) / T          d = l - max l          log s = log sum_j exp d_j
+    logprob = d_target - log s          p = exp(d - log s)          entropy = log s - sum_j p_j d_j
+    d logprob / d l = 1[j = target] - p          d entropy / d l = -p (log p + entropy)
     dl / dz = (1 - tanh(z / c)^2) / T
 
-Products run in the dtype of `hidden`; everything after them in fp32 (fp64 for fp64 input). Saved: lse and
-entropy.
+Products run in the dtype of `hidden`; everything after them in fp32 (fp64 for fp64 input). Saved: entropy and the
+normalizer (max l, log s), apart because their sum loses digits where logits are large.
 """
 
 import torch
@@ -43,32 +43,33 @@ def row_logits(
 
 
 def row_statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """probs [n, V], lse [n], logprob [n], entropy [n]."""
-    top = logits.amax(dim=1, keepdim=True)
-    probs = (logits - top).exp_()
-    total = probs.sum(dim=1, keepdim=True)
-    probs /= total
-    lse = (top + total.log_()).squeeze(1)
-    logprob = logits.gather(1, target[:, None]).squeeze(1) - lse
-    return probs, lse, logprob, lse - torch.linalg.vecdot(probs, logits)
+    """probs [n, V], logprob [n], entropy [n], normalizer [2, n]; `logits` becomes d = l - max l."""
+    top = logits.amax(dim=1)
+    logits -= top[:, None]
+    probs = logits.exp()
+    total = probs.sum(dim=1)
+    probs /= total[:, None]
+    log_sum = total.log_()
+    logprob = logits.gather(1, target[:, None]).squeeze(1) - log_sum
+    return probs, logprob, log_sum - torch.linalg.vecdot(probs, logits), torch.stack([top, log_sum])
 
 
 def logits_gradient(
     probs: Tensor,
-    logits: Tensor,
+    shifted: Tensor,
     squashed: Tensor | None,
     target: Tensor,
-    lse: Tensor,
+    log_sum: Tensor,
     entropy: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """dL/dz [n, V] from dL/dlogprob [n] and dL/dentropy [n]; `probs` and `logits` are consumed."""
+    """dL/dz [n, V] from dL/dlogprob [n] and dL/dentropy [n]; `probs` and `shifted` = d are consumed."""
     if grad_entropy is None:
         grad = probs.mul_(-grad_logprob[:, None])
     else:
-        slope = logits.sub_((lse - entropy)[:, None]).mul_(-grad_entropy[:, None])
+        slope = shifted.sub_((log_sum - entropy)[:, None]).mul_(-grad_entropy[:, None])
         grad = probs.mul_(slope.sub_(grad_logprob[:, None]))
     grad.scatter_add_(1, target[:, None], grad_logprob[:, None])
     if squashed is not None:
@@ -84,19 +85,16 @@ def linear_logprob_forward(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob [N], entropy [N], lse [N] in fp32 (fp64 for fp64 input)."""
-    stats = hidden.new_empty(3, hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    """logprob [N], entropy [N], normalizer [2, N] in fp32 (fp64 for fp64 input)."""
+    n = hidden.shape[0]
+    logprob, entropy = hidden.new_empty(2, n, dtype=accumulation_dtype(hidden.dtype)).unbind()
+    normalizer = logprob.new_empty(2, n)
     step = rows_per_chunk(hidden, weight.shape[0])
-    for i in range(0, hidden.shape[0], step):
+    for i in range(0, n, step):
         rows = slice(i, i + step)
         logits, _ = row_logits(hidden[rows], weight, bias, temperature, softcap)
-        _, lse, logprob, entropy = row_statistics(logits, target[rows])
-        stats[0, rows], stats[1, rows], stats[2, rows] = logprob, entropy, lse
-    return (
-        stats[0].clone(),
-        stats[1].clone(),
-        stats[2].clone(),
-    )  # a custom op may not return views of one buffer
+        _, logprob[rows], entropy[rows], normalizer[:, rows] = row_statistics(logits, target[rows])
+    return logprob, entropy.clone(), normalizer  # the outputs of a custom op may not share memory
 
 
 def linear_logprob_backward(
@@ -106,6 +104,8 @@ def linear_logprob_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    normalizer: Tensor,
+    entropy: Tensor,
     temperature: float,
     softcap: float | None,
     needs: tuple[bool, bool, bool],
@@ -114,12 +114,13 @@ def linear_logprob_backward(
     grads = GradientSums(hidden, weight, bias, needs)
     live = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
     for rows in live.nonzero().squeeze(1).split(rows_per_chunk(hidden, weight.shape[0])):
-        x, y = hidden[rows], target[rows]
+        x, y, (top, log_sum) = hidden[rows], target[rows], normalizer[:, rows]
         logits, squashed = row_logits(x, weight, bias, temperature, softcap)
-        probs, lse, _, entropy = row_statistics(logits, y)
+        logits -= top[:, None]
+        probs = (logits - log_sum[:, None]).exp_()
         g_entropy = None if grad_entropy is None else grad_entropy[rows]
         dz = logits_gradient(
-            probs, logits, squashed, y, lse, entropy, grad_logprob[rows], g_entropy, temperature
+            probs, logits, squashed, y, log_sum, entropy[rows], grad_logprob[rows], g_entropy, temperature
         )
         grads.add(rows, x, dz)
     return grads.result()

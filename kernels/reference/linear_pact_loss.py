@@ -121,10 +121,12 @@ def linear_pact_loss_forward(
         source = rows if row_index is None else row_index[rows]
         x, y = hidden[source], target[rows]
         logits, squashed = row_logits(x, weight, bias, temperature, softcap)
-        probs, lse, logprobs[rows], entropy = row_statistics(logits, y)
+        probs, logprobs[rows], entropy, (_, log_sum) = row_statistics(logits, y)
         part, grad, grad_entropy = row_losses(logprobs[rows], entropy, terms.select(rows), how)
         sums += part
         if any(needs):
-            dz = logits_gradient(probs, logits, squashed, y, lse, entropy, grad, grad_entropy, temperature)
+            dz = logits_gradient(
+                probs, logits, squashed, y, log_sum, entropy, grad, grad_entropy, temperature
+            )
             grads.add(source, x, dz)
     return sums, logprobs, grads.result()

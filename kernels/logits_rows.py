@@ -1,0 +1,516 @@
+"""Row kernels over LM-head logits z [n, V] in HBM (bf16, fp16 or fp32); every sum is fp32.
+
+    l = softcap tanh(z / softcap) / T, z with the bias added      d_j = l_j - max l       s = sum_j e^d_j
+    logprob = d_target - log s          p_j = e^d_j / s           entropy = log s - sum_j e^d_j d_j / s
+
+* `logits_rows_stats_kernel`   one read: logprob, entropy and the normalizer (max l, log s) of a row.
+* `logits_rows_loss_kernel`    two reads, one write: as above, then the row's loss terms and dL/dlogprob, dL/dentropy
+  (formulas: reference/linear_pact_loss.py), then z overwritten by dL/dz.
+* `logits_rows_grad_kernel`    one read, one write: z of a vocabulary block overwritten by dL/dz from saved normalizers.
+
+    dL/dz_j = (dL/dlogprob (1[j = target] - p_j) - dL/dentropy p_j (log p_j + entropy)) (1 - tanh(..)^2) / T
+
+A tile is [BLOCK, 8] and is reduced over its last axis only, so each lane keeps a running (max, s, sum e^d d) of its own
+and the loop has neither shuffles nor barriers; the lanes meet once, after the loop. The max is kept apart from log s
+because their sum, rounded to fp32, costs three digits at logits of -1e4. Offsets are int64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pact_fast.kernels.reference.linear_pact_loss import MAX_LOG_RATIO, RowTerms, Surrogate
+
+WIDTH = tl.constexpr(8)  # 16 bytes of bf16 a lane
+FLOOR = tl.constexpr(-1e30)  # below every logit, finite: -inf - -inf would be NaN in lanes that saw nothing
+TINY = tl.constexpr(-1000.0)  # e^TINY = 0, and 0 * TINY = 0 where 0 * -inf is NaN
+RATIO_CAP = tl.constexpr(MAX_LOG_RATIO)
+
+
+def tile_config(vocab: int) -> dict[str, int]:
+    """BLOCK, warps by vocabulary: 16 warps a row keep three rows in flight a multiprocessor at V = 150k."""
+    if vocab >= 16384:
+        return {"BLOCK": 512, "num_warps": 16, "num_stages": 1}
+    return {"BLOCK": 128, "num_warps": 4, "num_stages": 1}
+
+
+# ---- device code. Shapes: tiles are [BLOCK, WIDTH], lane states [BLOCK]; row points at a row's first logit.
+
+
+@triton.jit
+def load_logits(
+    row, bias, o_v, V, softcap, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MASK: tl.constexpr
+):
+    """l of one tile, -inf past V, and tanh(z / softcap) (0 without a cap)."""
+    if MASK:
+        z = tl.load(row + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+    else:
+        z = tl.load(row + o_v).to(tl.float32)
+    if HAS_BIAS:
+        if MASK:
+            z += tl.load(bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+        else:
+            z += tl.load(bias + o_v).to(tl.float32)
+    squashed = z * 0.0
+    if HAS_CAP:
+        squashed = 2.0 / (1.0 + tl.exp(-2.0 * (z / softcap))) - 1.0  # tanh; exp overflow gives exactly -1
+        z = squashed * softcap
+    l = z * scale
+    if MASK:
+        l = tl.where(o_v < V, l, float("-inf"))
+    return l, squashed
+
+
+@triton.jit
+def add_tile(l, m, s, u):
+    """One more tile in each lane's max, sum e^d and sum e^d d."""
+    m_new = tl.maximum(m, tl.max(l, 1))
+    d = l - m_new[:, None]
+    e = tl.exp(d)
+    shift = m - m_new
+    keep = tl.exp(shift)
+    u = keep * (u + s * shift) + tl.sum(e * tl.maximum(d, TINY), 1)
+    s = keep * s + tl.sum(e, 1)
+    return m_new, s, u
+
+
+@triton.jit
+def row_statistics(
+    row,
+    bias,
+    target,
+    V,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """logprob, entropy, max l, log s of one row; NaN log-prob for a target outside [0, V)."""
+    o_tile = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (target >= 0) & (target < V)
+    # Read before anything may overwrite the row: the reductions below hold the barriers that order the two.
+    z_target = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
+    if HAS_BIAS:
+        z_target += tl.load(bias + target, mask=inside, other=0.0).to(tl.float32)
+    if HAS_CAP:
+        z_target = softcap * (2.0 / (1.0 + tl.exp(-2.0 * (z_target / softcap))) - 1.0)
+
+    m = tl.full([BLOCK], FLOOR, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    u = tl.zeros([BLOCK], tl.float32)
+    whole = V // (BLOCK * WIDTH) * (BLOCK * WIDTH)
+    for i_v in range(0, whole, BLOCK * WIDTH):
+        l, _ = load_logits(row, bias, i_v + o_tile, V, softcap, scale, HAS_BIAS, HAS_CAP, False)
+        m, s, u = add_tile(l, m, s, u)
+    if whole < V:
+        l, _ = load_logits(row, bias, whole + o_tile, V, softcap, scale, HAS_BIAS, HAS_CAP, True)
+        m, s, u = add_tile(l, m, s, u)
+
+    top = tl.max(m, 0)
+    shift = m - top
+    keep = tl.exp(shift)
+    total = tl.sum(keep * s, 0)
+    moment = tl.sum(keep * (u + s * tl.maximum(shift, FLOOR)), 0)
+    log_sum = tl.log(total)
+    logprob = (z_target * scale - top) - log_sum
+    return logprob, log_sum - moment / total, top, log_sum
+
+
+@triton.jit
+def gradient_tile(
+    l,
+    squashed,
+    o_v,
+    target,
+    top,
+    log_sum,
+    entropy,
+    g_logprob,
+    g_entropy,
+    scale,
+    HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """dL/dz of one tile."""
+    logp = (l - top) - log_sum
+    p = tl.exp(logp)
+    if HAS_ENTROPY:
+        grad = -p * (g_logprob + g_entropy * (tl.maximum(logp, TINY) + entropy))
+    else:
+        grad = -p * g_logprob
+    grad = tl.where(o_v == target, grad + g_logprob, grad) * scale
+    if HAS_CAP:
+        grad *= 1.0 - squashed * squashed
+    return grad
+
+
+@triton.jit
+def policy_terms(
+    logprob,
+    weight,
+    advantage,
+    old,
+    ref,
+    epsilon_low,
+    epsilon_high,
+    dual_clip,
+    beta,
+    HAS_OLD: tl.constexpr,
+    HAS_DUAL: tl.constexpr,
+    HAS_KL: tl.constexpr,
+):
+    """policy loss, kl, clipped (0 or 1) and d(policy + beta kl)/dlogprob of a row, before its weight."""
+    ratio = 1.0
+    if HAS_OLD:
+        log_ratio = logprob - old
+        ratio = tl.exp(tl.where(log_ratio > RATIO_CAP, RATIO_CAP, log_ratio))  # where, not min: NaN stays NaN
+    high = 1.0 + epsilon_high
+    low = 1.0 - epsilon_low
+    bounded = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
+    raw = ratio * advantage
+    objective = tl.where(bounded * advantage < raw, bounded * advantage, raw)
+    clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
+    if HAS_DUAL:
+        dual = (advantage < 0) & (objective < dual_clip * advantage)
+        objective = tl.where(dual, dual_clip * advantage, objective)
+        clipped = clipped | dual
+    slope = tl.where(clipped, 0.0, -raw)
+    kl = objective * 0.0
+    if HAS_KL:
+        growth = tl.exp(ref - logprob)
+        kl = growth - (ref - logprob) - 1.0
+        slope += beta * (1.0 - growth)
+    return -objective, kl, tl.where(clipped, 1.0, 0.0), slope
+
+
+@triton.jit
+def logits_rows_stats_kernel(
+    logits,  # [n, V], row stride `stride`
+    bias,  # [V]
+    target,  # [n]
+    logprobs,  # [n] out
+    entropies,  # [n] out
+    normalizer,  # [2, N] out, this chunk's first column
+    stride,
+    stride_n,
+    V,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    b_target = tl.load(target + i_n)
+    b_logprob, b_entropy, b_top, b_log_sum = row_statistics(
+        logits + i_n * stride, bias, b_target, V, softcap, scale, HAS_BIAS, HAS_CAP, BLOCK
+    )
+    tl.store(logprobs + i_n, b_logprob)
+    tl.store(entropies + i_n, b_entropy)
+    tl.store(normalizer + i_n, b_top)
+    tl.store(normalizer + stride_n + i_n, b_log_sum)
+
+
+@triton.jit
+def logits_rows_loss_kernel(
+    logits,  # [n, V] in, dL/dz out; row stride `stride`
+    bias,  # [V]
+    target,  # [n]
+    policy_weight,  # [n]
+    advantages,  # [n]
+    old_logprobs,  # [n]
+    ref_logprobs,  # [n]
+    sft_weight,  # [n]
+    logprobs,  # [n] out
+    parts,  # [5, R] out: policy, sft, kl, entropy, clipped of each row, this chunk's first column
+    stride,
+    stride_r,
+    V,
+    epsilon_low,
+    epsilon_high,
+    dual_clip,
+    beta,
+    entropy_coef,
+    softcap,
+    scale,
+    HAS_POLICY: tl.constexpr,
+    HAS_SFT: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_DUAL: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64)
+    row = logits + i_r * stride
+    o_tile = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    b_policy_weight = 0.0
+    b_sft_weight = 0.0
+    if HAS_POLICY:
+        b_policy_weight = tl.load(policy_weight + i_r)
+    if HAS_SFT:
+        b_sft_weight = tl.load(sft_weight + i_r)
+
+    if (b_policy_weight != 0.0) | (b_sft_weight != 0.0):
+        b_target = tl.load(target + i_r)
+        logprob, entropy, top, log_sum = row_statistics(
+            row, bias, b_target, V, softcap, scale, HAS_BIAS, HAS_CAP, BLOCK
+        )
+        b_policy = 0.0
+        b_kl = 0.0
+        b_clipped = 0.0
+        g_logprob = -b_sft_weight
+        g_entropy = 0.0
+        if HAS_POLICY:
+            b_advantage = tl.load(advantages + i_r)
+            b_old = 0.0
+            b_ref = 0.0
+            if HAS_OLD:
+                b_old = tl.load(old_logprobs + i_r)
+            if HAS_KL:
+                b_ref = tl.load(ref_logprobs + i_r)
+            p_loss, p_kl, p_clipped, slope = policy_terms(
+                logprob,
+                b_policy_weight,
+                b_advantage,
+                b_old,
+                b_ref,
+                epsilon_low,
+                epsilon_high,
+                dual_clip,
+                beta,
+                HAS_OLD,
+                HAS_DUAL,
+                HAS_KL,
+            )
+            on = b_policy_weight != 0.0  # selects rather than multiplies: an SFT row may hold NaN here
+            b_policy = tl.where(on, b_policy_weight * p_loss, 0.0)
+            b_kl = tl.where(on, b_policy_weight * p_kl, 0.0)
+            b_clipped = tl.where(on, p_clipped, 0.0)
+            g_logprob += tl.where(on, b_policy_weight * slope, 0.0)
+            if HAS_ENTROPY:
+                g_entropy = -entropy_coef * b_policy_weight
+        tl.store(logprobs + i_r, logprob)
+        tl.store(parts + i_r, b_policy)
+        tl.store(parts + stride_r + i_r, -b_sft_weight * logprob)
+        tl.store(parts + 2 * stride_r + i_r, b_kl)
+        tl.store(parts + 3 * stride_r + i_r, b_policy_weight * entropy)
+        tl.store(parts + 4 * stride_r + i_r, b_clipped)
+        if WRITE_GRAD:
+            tl.debug_barrier()  # every warp holds the target's logit before the first one overwrites it
+            whole = V // (BLOCK * WIDTH) * (BLOCK * WIDTH)
+            for i_v in range(0, whole, BLOCK * WIDTH):
+                o_v = i_v + o_tile
+                l, squashed = load_logits(row, bias, o_v, V, softcap, scale, HAS_BIAS, HAS_CAP, False)
+                grad = gradient_tile(
+                    l,
+                    squashed,
+                    o_v,
+                    b_target,
+                    top,
+                    log_sum,
+                    entropy,
+                    g_logprob,
+                    g_entropy,
+                    scale,
+                    HAS_CAP,
+                    HAS_ENTROPY,
+                )
+                tl.store(row + o_v, grad.to(logits.dtype.element_ty))
+            if whole < V:
+                o_v = whole + o_tile
+                l, squashed = load_logits(row, bias, o_v, V, softcap, scale, HAS_BIAS, HAS_CAP, True)
+                grad = gradient_tile(
+                    l,
+                    squashed,
+                    o_v,
+                    b_target,
+                    top,
+                    log_sum,
+                    entropy,
+                    g_logprob,
+                    g_entropy,
+                    scale,
+                    HAS_CAP,
+                    HAS_ENTROPY,
+                )
+                tl.store(row + o_v, grad.to(logits.dtype.element_ty), mask=o_v < V)
+    else:
+        tl.store(logprobs + i_r, 0.0)
+        for i_part in range(5):
+            tl.store(parts + i_part * stride_r + i_r, 0.0)
+        if WRITE_GRAD:
+            for i_v in range(0, V, BLOCK * WIDTH):
+                o_v = i_v + o_tile
+                tl.store(row + o_v, tl.zeros([BLOCK, WIDTH], logits.dtype.element_ty), mask=o_v < V)
+
+
+@triton.jit
+def logits_rows_grad_kernel(
+    logits,  # [n, width] in, dL/dz out; row stride `stride`; columns start .. start + width of the vocabulary
+    bias,  # [width]
+    target,  # [n], in the whole vocabulary
+    normalizer,  # [2, n]
+    entropies,  # [n]
+    grad_logprob,  # [n]
+    grad_entropy,  # [n]
+    stride,
+    stride_n,
+    start,
+    width,
+    softcap,
+    scale,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    row = logits + i_n * stride
+    o_v = tl.program_id(1) * (BLOCK * WIDTH) + (
+        tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    )
+    b_target = tl.load(target + i_n) - start
+    top = tl.load(normalizer + i_n)
+    log_sum = tl.load(normalizer + stride_n + i_n)
+    g_logprob = tl.load(grad_logprob + i_n)
+    entropy = 0.0
+    g_entropy = 0.0
+    if HAS_ENTROPY:
+        entropy = tl.load(entropies + i_n)
+        g_entropy = tl.load(grad_entropy + i_n)
+    l, squashed = load_logits(row, bias, o_v, width, softcap, scale, HAS_BIAS, HAS_CAP, True)
+    grad = gradient_tile(
+        l, squashed, o_v, b_target, top, log_sum, entropy, g_logprob, g_entropy, scale, HAS_CAP, HAS_ENTROPY
+    )
+    # A row without an incoming gradient may hold NaN logits, and 0 * NaN is NaN.
+    dead = (g_logprob == 0.0) & (g_entropy == 0.0)
+    grad = tl.where(dead, 0.0, grad)
+    tl.store(row + o_v, grad.to(logits.dtype.element_ty), mask=o_v < width)
+
+
+# ---- launchers
+
+
+def check_rows(logits: Tensor) -> None:
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits must have contiguous rows, got strides {logits.stride()}")
+
+
+def rows_stats(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    logprobs: Tensor,
+    entropies: Tensor,
+    normalizer: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Fills logprobs [n], entropies [n] and normalizer [2, n] (a column slice) from logits [n, V]."""
+    check_rows(logits)
+    n, vocab = logits.shape
+    logits_rows_stats_kernel[(n,)](
+        logits,
+        logits if bias is None else bias,
+        target,
+        logprobs,
+        entropies,
+        normalizer,
+        logits.stride(0),
+        normalizer.stride(0),
+        vocab,
+        softcap or 1.0,
+        1.0 / temperature,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=softcap is not None,
+        **tile_config(vocab),
+    )
+
+
+def rows_loss(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    terms: RowTerms,
+    how: Surrogate,
+    logprobs: Tensor,
+    parts: Tensor,
+    temperature: float,
+    softcap: float | None,
+    write_grad: bool,
+) -> None:
+    """Fills logprobs [n] and parts [5, n] (a column slice); overwrites logits [n, V] by dL/dz where write_grad."""
+    check_rows(logits)
+    n, vocab = logits.shape
+    unused = logprobs  # a pointer the kernel never reads
+    logits_rows_loss_kernel[(n,)](
+        logits,
+        unused if bias is None else bias,
+        target,
+        *(unused if value is None else value for value in terms),
+        logprobs,
+        parts,
+        logits.stride(0),
+        parts.stride(0),
+        vocab,
+        how.epsilon_low,
+        how.epsilon_high,
+        how.dual_clip or 0.0,
+        how.beta,
+        how.entropy_coef,
+        softcap or 1.0,
+        1.0 / temperature,
+        HAS_POLICY=terms.policy_weight is not None,
+        HAS_SFT=terms.sft_weight is not None,
+        HAS_OLD=terms.old_logprobs is not None,
+        HAS_DUAL=how.dual_clip is not None,
+        HAS_KL=how.beta != 0.0,
+        HAS_ENTROPY=how.entropy_coef != 0.0,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=softcap is not None,
+        WRITE_GRAD=write_grad,
+        **tile_config(vocab),
+    )
+
+
+def rows_grad(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    normalizer: Tensor,
+    entropies: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    start: int,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Overwrites logits [n, width] of the vocabulary columns from `start` on by dL/dz."""
+    check_rows(logits)
+    n, width = logits.shape
+    config = tile_config(width)
+    logits_rows_grad_kernel[(n, triton.cdiv(width, config["BLOCK"] * WIDTH.value))](
+        logits,
+        logits if bias is None else bias,
+        target,
+        normalizer,
+        entropies,
+        grad_logprob,
+        grad_logprob if grad_entropy is None else grad_entropy,
+        logits.stride(0),
+        normalizer.stride(0),
+        start,
+        width,
+        softcap or 1.0,
+        1.0 / temperature,
+        HAS_ENTROPY=grad_entropy is not None,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=softcap is not None,
+        **config,
+    )
