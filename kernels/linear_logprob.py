@@ -15,6 +15,7 @@ from pact_fast.kernels.reference import linear_logprob as reference
 
 FORWARD_BYTES = 448 << 20  # of a chunk's logits [rows, V]
 BACKWARD_BYTES = 256 << 20  # of a vocabulary block's logits [N, width]; dX takes another 4 N H bytes
+MIN_BLOCK = 1024  # columns; narrower GEMMs would be bound by memory
 
 
 def fused_forward(
@@ -65,7 +66,8 @@ def fused_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (hidden, weight, bias): vocabulary blocks outermost, so each block of dW is written once.
 
-    Rows without an incoming gradient are dropped first, which waits for the device (except in a CUDA graph capture).
+    Rows without an incoming gradient are dropped first, which waits for the device (except in a CUDA graph
+    capture).
     """
     from pact_fast.kernels.logits_rows import rows_grad
 
@@ -88,7 +90,8 @@ def fused_backward(
     if rows == 0:
         d_weight = None if d_weight is None else d_weight.zero_()
     else:
-        step = min(equal_chunks(vocab, max(1024, BACKWARD_BYTES // (hidden.element_size() * rows))), vocab)
+        columns = max(MIN_BLOCK, BACKWARD_BYTES // (hidden.element_size() * rows))
+        step = min(equal_chunks(vocab, columns), vocab)
         buffer = padded_rows(rows, step, hidden)
         for i in range(0, vocab, step):
             block = slice(i, min(i + step, vocab))
@@ -122,10 +125,11 @@ def linear_logprob_op(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob [N], entropy [N], normalizer [2, N]: the row's largest logit and the log of the sum relative to it."""
+    """logprob [N], entropy [N], normalizer [2, N]: largest logit, log of the sum relative to it."""
     require_indices("target", target, weight.shape[0])
     forward = reference.linear_logprob_forward if impl == "torch" else fused_forward
-    return forward(hidden, weight, target.long(), bias, temperature, softcap)
+    bias = None if bias is None else bias.contiguous()
+    return forward(hidden, weight, target.long().contiguous(), bias, temperature, softcap)
 
 
 @linear_logprob_op.register_fake
@@ -159,8 +163,8 @@ def linear_logprob_backward_op(
         grad_entropy,
         hidden,
         weight,
-        target.long(),
-        bias,
+        target.long().contiguous(),
+        None if bias is None else bias.contiguous(),
         normalizer,
         entropy,
         temperature,
@@ -188,7 +192,10 @@ def _(
     impl,
 ):
     wanted = ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
-    return tuple(torch.empty_like(t) if need else hidden.new_empty(0) for t, need in wanted)
+    return tuple(
+        hidden.new_empty(0) if not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in wanted
+    )
 
 
 def _setup_context(ctx, inputs, output):

@@ -16,7 +16,6 @@ from pact_fast.kernels.products import add_product, capturing, equal_chunks, pad
 from pact_fast.kernels.reference import linear_pact_loss as reference
 from pact_fast.kernels.reference.linear_logprob import accumulation_dtype
 
-
 CHUNK_BYTES = (
     1216 << 20
 )  # of a chunk's logits: 4,096 rows of 151,936 in bf16; below 1,000 rows dW is bound by memory
@@ -89,7 +88,7 @@ def fused_forward(
 
 
 class ChunkGradients:
-    """dX per loss row, dW and db summed over chunks in fp32; one chunk writes dW directly in its final dtype."""
+    """dX per loss row, dW and db summed over chunks in fp32; a single chunk writes dW in its final dtype."""
 
     def __init__(
         self,
@@ -158,7 +157,9 @@ def linear_pact_loss_op(
 
     The gradients are those of hidden, weight and bias; an empty tensor for each that is not needed.
     """
-    terms = reference.RowTerms(policy_weight, advantages, old_logprobs, ref_logprobs, sft_weight)
+    values = (policy_weight, advantages, old_logprobs, ref_logprobs, sft_weight)
+    terms = reference.RowTerms(*(None if value is None else value.contiguous() for value in values))
+    bias = None if bias is None else bias.contiguous()
     how = reference.Surrogate(epsilon_low, epsilon_high, dual_clip, beta, entropy_coef)
     require_weights("policy_weight", policy_weight)
     require_weights("sft_weight", sft_weight)
@@ -171,7 +172,7 @@ def linear_pact_loss_op(
         reference.linear_pact_loss_forward if impl == "torch" else functools.partial(fused_forward, impl=impl)
     )
     sums, logprobs, grads = forward(
-        hidden, weight, target.long(), index, terms, how, bias, temperature, softcap, needs
+        hidden, weight, target.long().contiguous(), index, terms, how, bias, temperature, softcap, needs
     )
     loss = sums[0] + sums[1]
     if beta != 0.0:
@@ -207,7 +208,10 @@ def _(
 ):
     sums = hidden.new_empty(5, dtype=accumulation_dtype(hidden.dtype))
     wanted = ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
-    grads = (torch.empty_like(t) if need else hidden.new_empty(0) for t, need in wanted)
+    grads = (
+        hidden.new_empty(0) if not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in wanted
+    )
     return sums.new_empty(()), sums, sums.new_empty(target.shape[0]), *grads
 
 

@@ -1,5 +1,7 @@
 """Matrix products of the LM head: operands of the model's dtype, sums in fp32, rounded once."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def padded_rows(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total [M, N] (+)= a [M, K] @ b [K, N] with total in fp32 (or the operands' dtype); `first` overwrites."""
+    """total [M, N] (+)= a [M, K] @ b [K, N], total in fp32 or the operands' dtype; `first` overwrites."""
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     elif a.is_cuda:  # one GEMM with an fp32 output; since torch 2.11 it also takes the fp32 sum it adds to
@@ -26,9 +28,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def equal_chunks(total: int, most: int, multiple: int = 128) -> int:
-    """Size of equal chunks of about `most` at most, rounded up to `multiple`: no small last chunk, aligned tiles."""
-    count = max(1, -(-total // max(most, 1)))
-    return max(multiple, -(-(-(-total // count)) // multiple) * multiple)
+    """Size of equal chunks of about `most`, rounded up to `multiple`: no small last chunk, aligned tiles."""
+    count = math.ceil(total / max(most, 1)) or 1
+    return math.ceil(total / count / multiple) * multiple or multiple
 
 
 def capturing(like: Tensor) -> bool:

@@ -7,8 +7,8 @@ With x [N, H], W [V, H], b [V], capacity c and temperature T:
     d logprob / d l = 1[j = target] - p          d entropy / d l = -p (log p + entropy)
     dl / dz = (1 - tanh(z / c)^2) / T
 
-Products run in the dtype of `hidden`; everything after them in fp32 (fp64 for fp64 input). Saved: entropy and the
-normalizer (max l, log s), apart because their sum loses digits where logits are large.
+Products run in the dtype of `hidden`; everything after them in fp32 (fp64 for fp64 input). Saved: entropy and
+the normalizer (max l, log s), apart because their sum loses digits where logits are large.
 """
 
 import torch

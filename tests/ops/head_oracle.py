@@ -4,9 +4,8 @@ import torch
 
 
 def logits(hidden, weight, bias=None, temperature=1.0, softcap=None):
-    z = hidden @ weight.T
-    if bias is not None:
-        z = z + bias
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))  # half-precision logits, fp32 from there on
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature
@@ -38,7 +37,7 @@ def pact_loss(
     """loss, policy_loss, sft_loss, kl, entropy over the rows that carry a weight."""
     if row_index is not None:
         hidden = hidden[row_index]
-    zeros = hidden.new_zeros(target.shape[0])
+    zeros = hidden.new_zeros(target.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     w = zeros if policy_weight is None else policy_weight
     u = zeros if sft_weight is None else sft_weight
     on, sft_on = w != 0, u != 0
@@ -62,3 +61,63 @@ def pact_loss(
         torch.where(on, w * entropy, 0.0).sum(),
     ]
     return parts[0] + parts[1] + beta * parts[2] - entropy_coef * parts[3], *parts
+
+
+# One set of problems for every implementation: rows R of T hidden rows, a share of them dead and full of NaN.
+T, R, H, V = 40, 57, 8, 53
+SETTINGS = {
+    "sft": {"use": ("sft_weight",)},
+    "on_policy": {"use": ("policy_weight", "advantages")},
+    "clipped": {
+        "use": ("policy_weight", "advantages", "old_logprobs"),
+        "epsilon_low": 0.1,
+        "epsilon_high": 0.3,
+    },
+    "dual_clip": {"use": ("policy_weight", "advantages", "old_logprobs"), "dual_clip": 1.5},
+    "kl": {"use": ("policy_weight", "advantages", "old_logprobs", "ref_logprobs"), "beta": 0.3},
+    "entropy": {"use": ("policy_weight", "advantages"), "entropy_coef": 0.2, "temperature": 0.8},
+    "all": {
+        "use": ("policy_weight", "advantages", "old_logprobs", "ref_logprobs", "sft_weight"),
+        "beta": 0.1,
+        "entropy_coef": 0.05,
+        "dual_clip": 2.0,
+        "softcap": 4.0,
+        "temperature": 1.2,
+    },
+}
+
+
+def problem(setting, *, rows=R, hidden_rows=T, vocab=V, dtype=torch.float64, dead=0.3, seed=0):
+    """hidden, weight, bias and the arguments of one setting; a share of the rows is dead and full of NaN."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    leaves = [t.to(dtype).requires_grad_() for t in (draw(hidden_rows, H), draw(vocab, H), draw(vocab))]
+    row_index = torch.randint(0, hidden_rows, (rows,), generator=g)
+    target = torch.randint(0, vocab, (rows,), generator=g)
+    exact = [t.detach().double() for t in leaves]
+    near, _ = logprob_and_entropy(exact[0][row_index], exact[1], target, bias=exact[2])
+    values = {
+        "policy_weight": draw(rows).abs() / 10,
+        "advantages": draw(rows),
+        "old_logprobs": near + 0.5 * draw(rows),
+        "ref_logprobs": near + 0.5 * draw(rows),
+        "sft_weight": draw(rows).abs() / 10,
+    }
+    gone = torch.rand(rows, generator=g) < dead
+    for name, value in values.items():
+        value[gone] = 0.0 if name.endswith("weight") else float("nan")
+    target[gone] = -100
+    options = {k: v for k, v in SETTINGS[setting].items() if k != "use"}
+    return leaves, {
+        "target": target,
+        "row_index": row_index,
+        **{k: values[k] for k in SETTINGS[setting]["use"]},
+        **options,
+    }
+
+
+def run(function, leaves, args):
+    hidden, weight, bias = leaves
+    out = function(hidden, weight, bias=bias, **args)
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    return out, torch.autograd.grad(out[0], wanted)

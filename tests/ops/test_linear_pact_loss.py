@@ -1,68 +1,10 @@
 import head_oracle
 import pytest
 import torch
+from head_oracle import SETTINGS, R, T, problem, run
 
 from pact_fast import linear_cross_entropy, linear_pact_loss
 from pact_fast.kernels.reference import linear_logprob as chunking
-
-T, R, H, V = 40, 57, 8, 53
-SETTINGS = {
-    "sft": {"use": ("sft_weight",)},
-    "on_policy": {"use": ("policy_weight", "advantages")},
-    "clipped": {
-        "use": ("policy_weight", "advantages", "old_logprobs"),
-        "epsilon_low": 0.1,
-        "epsilon_high": 0.3,
-    },
-    "dual_clip": {"use": ("policy_weight", "advantages", "old_logprobs"), "dual_clip": 1.5},
-    "kl": {"use": ("policy_weight", "advantages", "old_logprobs", "ref_logprobs"), "beta": 0.3},
-    "entropy": {"use": ("policy_weight", "advantages"), "entropy_coef": 0.2, "temperature": 0.8},
-    "all": {
-        "use": ("policy_weight", "advantages", "old_logprobs", "ref_logprobs", "sft_weight"),
-        "beta": 0.1,
-        "entropy_coef": 0.05,
-        "dual_clip": 2.0,
-        "softcap": 4.0,
-        "temperature": 1.2,
-    },
-}
-
-
-def problem(setting, *, rows=R, dtype=torch.float64, dead=0.3, seed=0):
-    """hidden, weight, bias and the arguments of one setting; a share of the rows is dead and full of NaN."""
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    leaves = [t.to(dtype).requires_grad_() for t in (draw(T, H), draw(V, H), draw(V))]
-    row_index = torch.randint(0, T, (rows,), generator=g)
-    target = torch.randint(0, V, (rows,), generator=g)
-    near = head_oracle.logprob_and_entropy(leaves[0][row_index], leaves[1], target, bias=leaves[2])[
-        0
-    ].detach()
-    values = {
-        "policy_weight": draw(rows).abs() / 10,
-        "advantages": draw(rows),
-        "old_logprobs": near + 0.5 * draw(rows),
-        "ref_logprobs": near + 0.5 * draw(rows),
-        "sft_weight": draw(rows).abs() / 10,
-    }
-    gone = torch.rand(rows, generator=g) < dead
-    for name, value in values.items():
-        value[gone] = 0.0 if name.endswith("weight") else float("nan")
-    target[gone] = -100
-    options = {k: v for k, v in SETTINGS[setting].items() if k != "use"}
-    return leaves, {
-        "target": target,
-        "row_index": row_index,
-        **{k: values[k] for k in SETTINGS[setting]["use"]},
-        **options,
-    }
-
-
-def run(function, leaves, args):
-    hidden, weight, bias = leaves
-    out = function(hidden, weight, bias=bias, **args)
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-    return out, torch.autograd.grad(out[0], wanted)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
