@@ -167,11 +167,18 @@ class Sandbox:
 
     workers: processes. time_limit: wall seconds per call; CPU seconds are limited to the same, rounded up.
     memory_mb: address space of a worker. isolate=False leaves the namespaces out (limits and system-call
-    filter stay). `protections` tells what holds on this machine; use as a context manager, or `close()`.
+    filter stay). packages: folders the tools may import from, read-only. `protections` tells what holds on
+    this machine; use as a context manager, or `close()`.
     """
 
     def __init__(
-        self, *, workers: int = 1, time_limit: float = 5.0, memory_mb: int = 512, isolate: bool = True
+        self,
+        *,
+        workers: int = 1,
+        time_limit: float = 5.0,
+        memory_mb: int = 512,
+        isolate: bool = True,
+        packages: Sequence[str] = (),
     ) -> None:
         self.time_limit = time_limit
         self.count = workers
@@ -184,6 +191,7 @@ class Sandbox:
             "file_bytes": MAX_FILE,
             "cpu_seconds": time_limit,
             "isolate": isolate,
+            "packages": list(dict.fromkeys(packages)),
         }
         self._finalizer = weakref.finalize(self, _close, self.workers, self._root)
 

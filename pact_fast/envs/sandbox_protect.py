@@ -60,11 +60,11 @@ def mount(source, target, kind, flags, data=None):
     )
 
 
-def change_root(root):
+def change_root(root, packages):
     """Replaces / by a fresh tmpfs at `root` with read-only libraries and a writable, small /tmp."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for folder in library_folders():
+    for folder in [*library_folders(), *packages]:
         target = root + folder
         if os.path.islink(folder):
             os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -117,13 +117,14 @@ def run_inner(protect, requests, responses, options, report):
     protect.die_with_parent()
     signal.signal(signal.SIGXCPU, out_of_cpu_time)  # process 1 of a namespace ignores what it does not handle
     if report["namespaces"] is True:
-        protect.try_step(report, "root", protect.change_root, options["root"])
+        protect.try_step(report, "root", protect.change_root, options["root"], options["packages"])
     else:
         report["root"] = "needs namespaces"
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
+    sys.path += options["packages"]
     protect.try_step(report, "limits", protect.set_limits, options["memory"], options["file_bytes"])
     protect.try_step(report, "capabilities", protect.drop_capabilities)
     protect.try_step(report, "seccomp", protect.install_filter, report["root"] is True)
