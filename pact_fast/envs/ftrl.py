@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
@@ -65,17 +66,24 @@ class FtrlEnv(PythonToolsEnv):
         record = super()._prepare(record)
         if not record.env["unsolved_set"]:
             raise ValueError(f"{record.source}: record {record.id!r}: unsolved_set: is missing or empty")
-        truth = record.env["ground_truth"] = ground_truth(record)
-        if truth is None and self.settings.reward.startswith("call_matching"):
+        record.env["true_calls"] = ground_truth(record)
+        if record.env["true_calls"] is None and self.settings.reward.startswith("call_matching"):
             raise ValueError(
                 f"{record.source}: record {record.id!r}: ground_truth: is missing; "
                 f"reward={self.settings.reward!r} needs it, reward='turn_f1' does not"
             )
-        if truth and not record.expert_trace:
-            record = replace(record, expert_trace=self._expert_trace(record, truth))
         return record
 
-    def _expert_trace(self, record: Record, truth: Sequence[tuple[str, dict]]) -> tuple[dict, ...]:
+    def _read(self, path: Path) -> list[Record]:
+        records = [self._prepare(record) for record in super()._read(path)]
+        return [
+            replace(r, expert_trace=self._expert_trace(r, r.env["true_calls"]))
+            if r.env["true_calls"] and not r.expert_trace
+            else r
+            for r in records
+        ]
+
+    def _expert_trace(self, record: Record, truth: Sequence[Call]) -> tuple[dict, ...]:
         """The ground-truth calls, really run, with reasoning that says what each is for."""
 
         def run(call: Call) -> str:
@@ -86,15 +94,9 @@ class FtrlEnv(PythonToolsEnv):
         answer = f"The answer is {record.env['answer']}."
         return trace_from_calls(record.prompt[-1]["content"], record.tools, truth, run, answer)
 
-    def start(self, records: Sequence[Record]) -> list[Any]:
-        return [
-            FtrlEpisode(
-                record=r,
-                remaining={tool: list(answers) for tool, answers in r.env["unsolved_set"].items()},
-                unmatched=list(r.env.get("ground_truth") or ()),
-            )
-            for r in records
-        ]
+    def _episode(self, record: Record) -> FtrlEpisode:
+        remaining = {tool: list(answers) for tool, answers in record.env["unsolved_set"].items()}
+        return FtrlEpisode(record, remaining=remaining, unmatched=list(record.env["true_calls"] or ()))
 
     def _turn_reward(self, episode: Any, turn: AssistantTurn, newly: int) -> float:
         readable = [call for call in turn.tool_calls if call.error is None]
@@ -126,7 +128,7 @@ class FtrlEnv(PythonToolsEnv):
 
     def _outcome(self, episode: Any, truncated: str | None) -> Outcome:
         scores = solve_scores(episode) | {"answer": float(self._answered(episode))}
-        truth = episode.record.env.get("ground_truth")
+        truth = episode.record.env["true_calls"]
         if truth and self.settings.reward.startswith("call_matching"):
             scores["call_match"] = 2 * episode.matched / (episode.calls + len(truth))
         reward = scores["solve_f1"]

@@ -132,7 +132,7 @@ class PythonToolsEnv:
         return load_records(path, require_trace=False).records
 
     def _prepare(self, record: Record) -> Record:
-        """The record with the fields this environment reads decoded and checked."""
+        """The record, its fields for this environment decoded (in place) and checked; twice does no harm."""
         for key, required in (("codes", True), ("unsolved_set", False)):
             record.env[key] = decoded(record, key, required)
         for tool in record.tools:
@@ -144,10 +144,12 @@ class PythonToolsEnv:
     # Episodes
 
     def start(self, records: Sequence[Record]) -> list[SourceEpisode]:
-        return [
-            SourceEpisode(r, remaining={k: list(v) for k, v in (r.env.get("unsolved_set") or {}).items()})
-            for r in records
-        ]
+        """Records may come from these files or from anywhere else; those are decoded here."""
+        return [self._episode(self._prepare(r)) for r in records]
+
+    def _episode(self, record: Record) -> SourceEpisode:
+        unsolved = record.env.get("unsolved_set") or {}
+        return SourceEpisode(record, remaining={tool: list(answers) for tool, answers in unsolved.items()})
 
     def step(self, episodes: Sequence[SourceEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
         jobs = [

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from env_helpers import calls, play, says, shared_file
 
-from pact_fast.data.records import Record
+from pact_fast.data.records import Record, load_records
 from pact_fast.envs import make_env
 from pact_fast.envs.call_matching import match_calls, similarity
 from pact_fast.envs.python_tools import matches
@@ -256,6 +256,18 @@ def test_ground_truth_calls_become_a_trace_that_was_really_run(tmp_path):
     assert [m["content"] for m in trace if m["role"] == "tool"] == ['{"age": 21}', "42"]
     assert "Gives the age of a person." in trace[0]["reasoning_content"]
     assert "42" in trace[-1]["content"]
+    env.close()
+
+
+def test_records_loaded_elsewhere_can_be_played(tmp_path):
+    path = two_tool_file(tmp_path, ground_truth=json.dumps(TRUTH))
+    env = make_env("ftrl", {})
+    for record in load_records(path, require_trace=False).records:
+        outcome, *_ = play(env, record, [calls(("age", {"name": "Ann"})), says("21")])
+        assert outcome.scores["solve_f1"] == pytest.approx(2 / 3)
+        assert (
+            play(env, record, [says("21")])[0].scores["solve_r"] == 0.0
+        )  # a second time, from the same record
     env.close()
 
 
