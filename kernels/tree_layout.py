@@ -5,6 +5,8 @@ Tokens lie in depth-first pre-order; the subtree of token i is [i, subtree_end[i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -50,3 +52,62 @@ def parent_index(subtree_end: np.ndarray, depth: np.ndarray, *, strict: bool = T
         fits = (at >= 0) & (depth[found] == depth[jump] - 1)
         parent[jump] = np.where(fits, found, np.where(depth[jump] == 0, -1, -1 if strict else -2))
     return parent
+
+
+@dataclass(frozen=True)
+class TileList:
+    """For each query tile (block_m rows) the key tiles (block_n rows) that it has to visit.
+
+    Key tiles of query tile i: `cols[ptr[i]:ptr[i + 1]]`, ascending in each part; those before `split[i]` are
+    visible to every query of the tile and need no mask. `order`: query tiles, longest list first. All int32.
+    """
+
+    block_m: int
+    block_n: int
+    order: np.ndarray  # [query tiles]
+    ptr: np.ndarray  # [query tiles + 1]
+    split: np.ndarray  # [query tiles]
+    cols: np.ndarray  # [visited tile pairs]
+
+
+def tile_bounds(end: np.ndarray, depth: np.ndarray, block: int) -> tuple[np.ndarray, ...]:
+    """Least and greatest subtree_end, least and greatest depth of every tile of `block` tokens."""
+    starts = np.arange(0, end.size, block)
+    return (
+        np.minimum.reduceat(end, starts),
+        np.maximum.reduceat(end, starts),
+        np.minimum.reduceat(depth, starts),
+        np.maximum.reduceat(depth, starts),
+    )
+
+
+def tile_list(end: np.ndarray, depth: np.ndarray, block_m: int, block_n: int, window: int | None) -> TileList:
+    """Key tiles of every query tile. `end`, `depth`: [T], T >= 1, of a tree (`tree_depth`)."""
+    size = end.size
+    n_end_min, n_end_max, n_depth_min, n_depth_max = tile_bounds(end, depth, block_n)
+    _, _, m_depth_min, m_depth_max = tile_bounds(end, depth, block_m)
+    n_first = np.arange(n_end_min.size) * block_n
+    n_last = n_first + block_n - 1
+    ptr, split, cols = [0], [], []
+    for i in range(m_depth_min.size):
+        first, last = i * block_m, min((i + 1) * block_m, size) - 1
+        seen = (n_first <= last) & (n_end_max > first)
+        full = (n_last <= first) & (n_end_min > last)
+        if window is not None:
+            seen &= m_depth_min[i] - n_depth_max < window
+            full &= m_depth_max[i] - n_depth_min < window
+        full &= seen
+        split.append(ptr[-1] + int(full.sum()))
+        cols += [np.flatnonzero(full), np.flatnonzero(seen & ~full)]
+        ptr.append(split[-1] + cols[-1].size)
+    lengths = np.diff(ptr)
+    order = np.argsort(-lengths, kind="stable")
+    return TileList(
+        block_m, block_n, *(np.asarray(x, dtype=np.int32) for x in (order, ptr, split, np.concatenate(cols)))
+    )
+
+
+def key_tile_order(end: np.ndarray, block_n: int) -> np.ndarray:
+    """Key tiles, the one seen by most queries first: shared prefixes hold most of the dK/dV work. int32."""
+    starts = np.arange(0, end.size, block_n)
+    return np.argsort(starts - np.maximum.reduceat(end, starts), kind="stable").astype(np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from pact_fast.kernels.reference import tree_attention as reference
 from pact_fast.kernels.tree_layout import tree_depth
+from pact_fast.kernels.tree_tiles import TilePlan
 
-TREE_IMPLS = ("auto", "torch")
+TREE_IMPLS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,35 @@ def tree_plan(subtree_end: Tensor, *, window: int | None = None, impl: str = "au
         raise ValueError(f"subtree_end must be [T] int32, got {list(subtree_end.shape)} {subtree_end.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}; None for no window")
-    tree_depth(subtree_end.cpu().numpy())
+    depth = tree_depth(subtree_end.cpu().numpy())
     impl = _choose_tree(impl, subtree_end)
-    return TreePlan(impl, subtree_end.numel(), window, reference.block_plan(subtree_end, window=window))
+    data: Any
+    if impl == "torch":
+        data = reference.block_plan(subtree_end, window=window)
+    else:
+        data = TilePlan(subtree_end, depth, window)
+    return TreePlan(impl, subtree_end.numel(), window, data)
 
 
-def run(plan: TreePlan, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float | None) -> Tensor:
-    """Attention [T, Hq, D] by the implementation that `plan` was made for."""
-    return reference.tree_attention(q, k, v, subtree_end, scale=scale, plan=plan.data)
+def run(
+    plan: TreePlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out [T, Hq, D], and lse [T, Hq] if asked, by the implementation that `plan` was made for."""
+    if q.shape[0] == 0:
+        return q + 0 * (k.sum() + v.sum()), q[..., 0].float()
+    if plan.impl == "torch":
+        return reference.tree_attention(
+            q, k, v, subtree_end, scale=scale, plan=plan.data, return_lse=return_lse
+        )
+    from pact_fast.kernels.tree_attention import tree_attention  # triton is an optional package on a CPU
+
+    return tree_attention(q, k, v, plan.data, scale=scale)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
@@ -66,4 +89,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
 def _choose_tree(impl: str, tensor: Tensor) -> str:
     if impl not in TREE_IMPLS:
         raise ValueError(f"impl must be one of {', '.join(TREE_IMPLS)}, got {impl!r}")
-    return "torch" if impl == "auto" else impl
+    if impl == "auto":
+        return "triton" if tensor.is_cuda else "torch"
+    if impl == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            'impl="triton" needs CUDA tensors, got CPU; use impl="torch" (or set TRITON_INTERPRET=1 to debug)'
+        )
+    return impl

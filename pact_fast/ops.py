@@ -270,8 +270,9 @@ def tree_attention(
     scale: float | None = None,
     window: int | None = None,
     plan: TreePlan | None = None,
+    return_lse: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in a token tree: every token sees its ancestors and itself.
 
     Equals::
@@ -287,10 +288,11 @@ def tree_attention(
         window: sliding window in tokens of depth (a token sees itself and window - 1 ancestors); None: all
             ancestors.
         plan: `tree_plan` of the same tree, to be made once where many calls share a tree; None: made here.
-        impl: "auto" or "torch".
+        return_lse: also return the log-sum-exp of each row's scores, differentiable as well.
+        impl: "auto" (Triton on CUDA, torch elsewhere), "torch" or "triton".
 
     Returns:
-        [T, Hq, D] in the dtype of q; differentiable in q, k and v.
+        out [T, Hq, D] in the dtype of q, or (out, lse [T, Hq] fp32); differentiable in q, k and v.
 
     Raises:
         ValueError, TypeError: naming the argument; also where `subtree_end` is not a tree.
@@ -299,6 +301,8 @@ def tree_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_qkv(q, k, v, subtree_end)
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be finite and > 0, got {scale}")
     if plan is None:
         plan = tree_plan(subtree_end, window=window, impl=impl)
     elif plan.num_tokens != q.shape[0] or plan.window != window:
@@ -308,7 +312,8 @@ def tree_attention(
         )
     elif impl != "auto" and impl != plan.impl:
         raise ValueError(f"impl={impl!r}, but plan was made for {plan.impl!r}")
-    return run(plan, q, k, v, subtree_end, scale)
+    out, lse = run(plan, q, k, v, subtree_end, scale, return_lse)
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

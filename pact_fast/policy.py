@@ -59,7 +59,7 @@ def _pact_tree_attention(
         raise ValueError(f"{type(module).__name__}: tree attention does not support {', '.join(names)}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     plan = pact_tree.plan(sliding_window)
-    out = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
+    out: Any = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
     return out[None], None
 
 

@@ -137,15 +137,16 @@ def block_plan(subtree_end: torch.Tensor, *, window: int | None = None, block: i
     return BlockPlan(blocks, gather.to(device), window)
 
 
-def tree_attention(q, k, v, subtree_end, *, scale=None, window=None, plan: BlockPlan | None = None):
-    """out [T, Hq, D] in the dtype of `q`; differentiable in q [T, Hq, D], k and v [T, Hkv, D].
+def tree_attention(
+    q, k, v, subtree_end, *, scale=None, window=None, plan: BlockPlan | None = None, return_lse=False
+):
+    """(out [T, Hq, D] in the dtype of `q`, lse [T, Hq] or None); differentiable in q, k and v [T, Hkv, D].
 
     `plan`: the `block_plan` of the same tree, where one is kept; else it is made here.
     """
     if plan is None:
         plan = block_plan(subtree_end, window=window)
-    if not plan.blocks:
-        return torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
+
     kv_heads, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
     keys = k.index_select(0, plan.gather)
     values = v.index_select(0, plan.gather)
@@ -153,7 +154,7 @@ def tree_attention(q, k, v, subtree_end, *, scale=None, window=None, plan: Block
     sizes = [
         block.mask.shape[1] if block.mask is not None else block.stop - block.start for block in plan.blocks
     ]
-    out = []
+    out, lse = [], []
     for q_block, k_block, v_block, bias in zip(
         queries.split([block.stop - block.start for block in plan.blocks]),
         keys.split(sizes),
@@ -162,13 +163,22 @@ def tree_attention(q, k, v, subtree_end, *, scale=None, window=None, plan: Block
         strict=True,
     ):
         rows = k_block.shape[0]
-        o = F.scaled_dot_product_attention(
+        heads_first = (
             q_block.permute(1, 2, 0, 3),  # [Hkv, G, n, D]
             k_block.transpose(0, 1)[:, None].expand(kv_heads, group, rows, dim),
             v_block.transpose(0, 1)[:, None].expand(kv_heads, group, rows, dim),
-            attn_mask=bias,
-            is_causal=bias is None,
-            scale=scale,
         )
+        o = F.scaled_dot_product_attention(*heads_first, attn_mask=bias, is_causal=bias is None, scale=scale)
         out.append(o.permute(2, 0, 1, 3).flatten(1, 2))
-    return torch.cat(out)
+        if return_lse:
+            lse.append(_block_lse(*heads_first[:2], bias, scale).permute(2, 0, 1).flatten(1))
+    return torch.cat(out), torch.cat(lse) if return_lse else None
+
+
+def _block_lse(q, k, bias, scale):
+    """Log-sum-exp [Hkv, G, n] of the scores of one block, which SDPA does not return; fp32 at least."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    score = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is None:
+        bias = torch.full(score.shape[-2:], float("-inf"), dtype=dtype, device=q.device).triu(1)
+    return (score + bias.to(dtype)).logsumexp(-1)

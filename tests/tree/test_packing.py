@@ -17,7 +17,7 @@ def prefixes(sequences):
     return {tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TRIES)
 def test_pack_is_the_trie_of_the_sequences(sequences):
     pack = pack_tree(sequences, impl="numpy")
