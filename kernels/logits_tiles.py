@@ -1,4 +1,4 @@
-"""Device functions of the row kernels (formulas: logits_rows.py): tiles [BLOCK, WIDTH], lane states [BLOCK]."""
+"""Device functions of the row kernels (formulas: logits_rows.py): tiles [BLOCK, 8], lane states [BLOCK]."""
 
 import triton
 import triton.language as tl
