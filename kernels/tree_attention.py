@@ -307,7 +307,7 @@ def tree_attention_op(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [T, Hq, D], lse [Hq, T]. `lists`: those of the forward, of dQ, and the key order; window 0: none."""
+    """out [T, Hq, D], lse [Hq, T]. `lists`: of the forward, of dQ, and the key order; window 0: none."""
     tile = Tile(*tiles[:4])
     order, ptr, split, cols = lists[:4]
     heads, head_dim = q.shape[1:]

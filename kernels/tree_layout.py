@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pact_fast.kernels import tree_native
+
 
 def tree_depth(subtree_end: np.ndarray) -> np.ndarray:
     """Depth of every token [T] int64; ValueError if `subtree_end` is not a tree."""
@@ -81,8 +83,25 @@ def tile_bounds(end: np.ndarray, depth: np.ndarray, block: int) -> tuple[np.ndar
     )
 
 
-def tile_list(end: np.ndarray, depth: np.ndarray, block_m: int, block_n: int, window: int | None) -> TileList:
-    """Key tiles of every query tile. `end`, `depth`: [T], T >= 1, of a tree (`tree_depth`)."""
+def tile_list(
+    end: np.ndarray, depth: np.ndarray, block_m: int, block_n: int, window: int | None, *, native: bool = True
+) -> TileList:
+    """Key tiles of every query tile. `end`, `depth`: [T], T >= 1, of a tree (`tree_depth`).
+
+    `native`: use csrc/tree_pack.cpp where it was built; the result is the same.
+    """
+    library = tree_native.library() if native else None
+    if library is not None:
+        end, depth = (np.ascontiguousarray(x, dtype=np.int32) for x in (end, depth))
+        ptr, split, cols = tree_native.tile_lists(library, end, depth, block_m, block_n, window)
+    else:
+        ptr, split, cols = _tile_list_numpy(end, depth, block_m, block_n, window)
+    order = np.argsort(-np.diff(ptr), kind="stable").astype(np.int32)
+    return TileList(block_m, block_n, order, ptr, split, cols)
+
+
+def _tile_list_numpy(end, depth, block_m: int, block_n: int, window: int | None) -> tuple[np.ndarray, ...]:
+    """ptr, split and cols of a TileList: the reference of the native form."""
     size = end.size
     n_end_min, n_end_max, n_depth_min, n_depth_max = tile_bounds(end, depth, block_n)
     _, _, m_depth_min, m_depth_max = tile_bounds(end, depth, block_m)
@@ -100,11 +119,7 @@ def tile_list(end: np.ndarray, depth: np.ndarray, block_m: int, block_n: int, wi
         split.append(ptr[-1] + int(full.sum()))
         cols += [np.flatnonzero(full), np.flatnonzero(seen & ~full)]
         ptr.append(split[-1] + cols[-1].size)
-    lengths = np.diff(ptr)
-    order = np.argsort(-lengths, kind="stable")
-    return TileList(
-        block_m, block_n, *(np.asarray(x, dtype=np.int32) for x in (order, ptr, split, np.concatenate(cols)))
-    )
+    return tuple(np.asarray(x, dtype=np.int32) for x in (ptr, split, np.concatenate(cols)))
 
 
 def key_tile_order(end: np.ndarray, block_n: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from pact_fast.kernels import tree_native
 from pact_fast.kernels.tree_layout import parent_index, tree_depth
 
 IMPLS = ("auto", "numpy", "native")
@@ -227,13 +228,18 @@ def pack_tree(sequences: Sequence[Sequence[int] | torch.Tensor], *, impl: str = 
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     arrays = [_as_array(sequence, s) for s, sequence in enumerate(sequences)]
-    input_ids, position, subtree_end, token_index = _pack_numpy(arrays)
-    return TreePack(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(position),
-        torch.from_numpy(subtree_end),
-        tuple(torch.from_numpy(index) for index in token_index),
-    )
+    library = tree_native.library() if impl != "numpy" else None
+    if impl == "native" and library is None:
+        raise ValueError(
+            f'impl="native" needs {tree_native.LIBRARY}: run `make setup` where a C++ compiler is'
+        )
+    if library is not None:
+        *fields, joined = tree_native.pack(library, arrays)
+        token_index = torch.from_numpy(joined).split([array.size for array in arrays])
+    else:
+        *fields, indices = _pack_numpy(arrays)
+        token_index = tuple(torch.from_numpy(index) for index in indices)
+    return TreePack(*map(torch.from_numpy, fields), token_index=tuple(token_index) if arrays else ())
 
 
 def pack_linear(sequences: Sequence[Sequence[int] | torch.Tensor]) -> TreePack:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pact_fast.kernels import tree_native
 from pact_fast.packing import TreePack, pack_linear, pack_tree, plan_packs
 from tests.tree.conftest import pact_sequences, random_sequences
 
@@ -34,6 +35,39 @@ def test_pack_is_the_trie_of_the_sequences(sequences):
     for i, path in paths.items():
         for j in range(pack.num_tokens):
             assert (j <= i < pack.subtree_end[j]) == (j in path)
+
+
+def assert_same(a, b):
+    for name in ("input_ids", "position_ids", "subtree_end"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert getattr(a, name).dtype == getattr(b, name).dtype
+    assert len(a.token_index) == len(b.token_index)
+    assert all(torch.equal(x, y) for x, y in zip(a.token_index, b.token_index, strict=True))
+
+
+needs_native = pytest.mark.skipif(tree_native.library() is None, reason="csrc/tree_pack.cpp was not built")
+
+
+@needs_native
+@settings(max_examples=300, deadline=None)
+@given(TRIES | st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=12))
+def test_native_pack_is_identical_to_the_reference(sequences):
+    assert_same(pack_tree(sequences, impl="native"), pack_tree(sequences, impl="numpy"))
+
+
+@needs_native
+def test_native_pack_is_identical_on_long_runs_that_branch_late():
+    """Runs longer than the block that is compared at once, and branches inside what was one run."""
+    stem = torch.arange(2000)
+    sequences = [torch.cat((stem[:n], torch.tensor([5, 6, n]))) for n in (255, 256, 257, 1999, 700, 700, 3)]
+    assert_same(pack_tree([*sequences, stem], impl="native"), pack_tree([*sequences, stem], impl="numpy"))
+
+
+def test_native_is_an_error_where_it_was_not_built(monkeypatch):
+    monkeypatch.setattr(tree_native, "library", lambda: None)
+    with pytest.raises(ValueError, match="libtree_pack"):
+        pack_tree([[1]], impl="native")
+    assert pack_tree([[1]]).num_tokens == 1
 
 
 def test_first_sequence_comes_first_and_children_in_order_of_use():
