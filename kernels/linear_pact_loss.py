@@ -224,7 +224,7 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(sums, logprobs, *grads)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*grads)
-    ctx.needs, ctx.spent = inputs[-4:-1], False
+    ctx.needs, ctx.impl, ctx.spent = inputs[-4:-1], inputs[-1], False
 
 
 def _backward(ctx, grad_loss, *unused):
@@ -238,13 +238,17 @@ def _backward(ctx, grad_loss, *unused):
         return tuple(out)
     ctx.spent = True
     for position, grad, need in zip((HIDDEN, WEIGHT, BIAS), ctx.saved_tensors, ctx.needs, strict=True):
-        out[position] = scale_gradient(grad, grad_loss) if need else None
+        out[position] = scale_gradient(grad, grad_loss, ctx.impl) if need else None
     return tuple(out)
 
 
-def scale_gradient(grad: Tensor, by: Tensor) -> Tensor:
-    """grad * by; in place on CUDA, where a second [V, H] tensor would be the peak of the whole step."""
-    if grad.is_cuda and not torch.compiler.is_compiling():
+def scale_gradient(grad: Tensor, by: Tensor, impl: str) -> Tensor:
+    """grad * by; in place with the kernels, where a second [V, H] tensor would be the peak of the whole step.
+
+    Under torch.compile the backward is traced with tensors of another type, and the product is left to the
+    compiler.
+    """
+    if impl != "torch" and type(grad) is Tensor:
         from pact_fast.kernels.gradient_rows import scale_
 
         return scale_(grad, by)
