@@ -66,6 +66,7 @@ class BfclSettings:
     seed: int = 0  # of the split
     reward: str = "turns"
     max_consecutive_invalid: int = 3  # unreadable calls or unknown tools; then the episode ends
+    short_descriptions: bool = False  # without the remark on the suite each tool's description starts with
     max_response_length: int | None = None  # characters the model sees of a response; the checker sees all
     workers: int = 2
     time_limit: float = 10.0  # seconds per turn's calls
@@ -154,7 +155,8 @@ class BfclEnv:
                 self.folder / "data" / "possible_answer" / f"BFCL_v4_multi_turn_{category}.json"
             )
             truths = {row["id"]: row["ground_truth"] for row in answers}
-            records = [task_record(task, truths[task["id"]], category) for task in tasks]
+            short = self.settings.short_descriptions
+            records = [task_record(task, truths[task["id"]], category, short) for task in tasks]
             self._records[category] = self._with_traces(records)
         return self._records[category]
 
@@ -296,16 +298,18 @@ def number(record_id: str) -> int:
     return int(record_id.rsplit("_", 1)[1])
 
 
-def task_record(task: Mapping[str, Any], truth: Sequence[Sequence[str]], category: str) -> Record:
+def task_record(
+    task: Mapping[str, Any], truth: Sequence[Sequence[str]], category: str, short: bool = False
+) -> Record:
     """The record of one task, without a trace. env: task, requests (later user turns' texts), more_tools,
     ground_truth."""
     functions = [
         f for cls in task["involved_classes"] for f in function_docs(cls) if f["name"] not in excluded(task)
     ]
     held_back = {name: int(turn) for turn, names in task.get("missed_function", {}).items() for name in names}
-    tools = [tool_schema(f) for f in functions if f["name"] not in held_back]
+    tools = [tool_schema(f, short) for f in functions if f["name"] not in held_back]
     more = {
-        str(turn): [tool_schema(f) for f in functions if held_back.get(f["name"]) == turn]
+        str(turn): [tool_schema(f, short) for f in functions if held_back.get(f["name"]) == turn]
         for turn in sorted(set(held_back.values()))
     }
     parameters = {f["name"]: list(f["parameters"]["properties"]) for f in functions_of(task)}
@@ -341,10 +345,13 @@ def function_docs(cls: str) -> list[dict]:
     )
 
 
-def tool_schema(function: Mapping[str, Any]) -> dict:
+def tool_schema(function: Mapping[str, Any], short: bool = False) -> dict:
     """The function's documentation as a tool with a valid JSON Schema."""
     parameters = json_schema(function["parameters"])
-    body = {"name": function["name"], "description": function["description"], "parameters": parameters}
+    description = function["description"]
+    if short:
+        description = description.split("Tool description:")[-1].strip()
+    body = {"name": function["name"], "description": description, "parameters": parameters}
     return {"type": "function", "function": body}
 
 

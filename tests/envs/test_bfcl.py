@@ -222,6 +222,13 @@ def test_the_in_house_split_is_disjoint_in_task_numbers_over_all_categories():
     env.close()
 
 
+def test_short_descriptions_keep_what_the_tool_does():
+    env = make_env("bfcl", {"short_descriptions": True})
+    described = {t["function"]["name"]: t["function"]["description"] for t in env.records("test")[0].tools}
+    assert all(text and "Tool description" not in text for text in described.values())
+    env.close()
+
+
 def test_what_cannot_run_here_says_why():
     with pytest.raises(ValueError, match="needs a search engine on the network"):
         make_env("bfcl", {"categories": ["web_search"]})
