@@ -184,16 +184,14 @@ class Sandbox:
         self.count = workers
         self.workers: list[_Worker] = []
         self.restarts = 0  # workers replaced so far
-        self._root = tempfile.mkdtemp(prefix="pact-sandbox-")  # a mount point; stays empty
-        self._options = {
-            "root": self._root,
+        self._options: dict[str, Any] = {
             "memory": memory_mb << 20,
             "file_bytes": MAX_FILE,
             "cpu_seconds": time_limit,
             "isolate": isolate,
             "packages": list(dict.fromkeys(packages)),
         }
-        self._finalizer = weakref.finalize(self, _close, self.workers, self._root)
+        weakref.finalize(self, _close, self.workers, self._options)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -208,6 +206,8 @@ class Sandbox:
         return dict(self.workers[0].protections)
 
     def _fill(self) -> None:
+        if "root" not in self._options:  # a mount point of the workers; it stays empty
+            self._options["root"] = tempfile.mkdtemp(prefix="pact-sandbox-")
         while len(self.workers) < self.count:
             self.workers.append(_Worker(self._options))
 
@@ -280,11 +280,12 @@ class Sandbox:
         worker.kill()
 
     def close(self) -> None:
-        self._finalizer()
+        _close(self.workers, self._options)
 
 
-def _close(workers: list[_Worker], root: str) -> None:
+def _close(workers: list[_Worker], options: dict[str, Any]) -> None:
     while workers:
         workers.pop().kill()
-    with contextlib.suppress(OSError):
-        os.rmdir(root)
+    if "root" in options:
+        with contextlib.suppress(OSError):
+            os.rmdir(options.pop("root"))
