@@ -215,7 +215,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         # File first, then words: the command line wins.
         parsed: Namespace = parser.parse_object(values)
         parsed = parser.parse_args(list(overrides), namespace=parsed)
-        config = parser.instantiate_classes(parsed)
+        config = parser.instantiate(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {_first_lines(error)}") from None
     result = Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})

@@ -239,17 +239,23 @@ def test_a_non_finite_step_is_skipped_counted_and_stops_after_ten(make_trainer, 
     weight = trainer.model.get_input_embeddings().weight
     good = weight.detach().clone()
     sample = trainer.builder.trace_samples(trainer.records[:1], trainer._sft_strength(0.0), 1.0)
-    sample[0].sft_weight[sample[0].live()[0]] = float("inf")
-    for _ in range(2):
-        assert trainer.update(sample, 0).skipped
+
+    def poisoned(times):
+        hook = weight.register_hook(lambda grad: grad * float("nan"))
+        try:
+            return [trainer.update(sample, 0).skipped for _ in range(times)]
+        finally:
+            hook.remove()
+
+    assert poisoned(2) == [True, True]
     assert trainer.records[0].id in capsys.readouterr().out
     assert torch.equal(weight, good)
-    clean = trainer.builder.trace_samples(trainer.records[:1], trainer._sft_strength(0.0), 1.0)
-    assert not trainer.update(clean, 0).skipped
-    trainer.update(sample, 0)
-    trainer.update(sample, 0)
+    assert not trainer.update(sample, 0).skipped
+    good = weight.detach().clone()
     with pytest.raises(TrainingStopped, match="3 updates in a row"):
-        trainer.update(sample, 0)
+        poisoned(3)
+    assert torch.equal(weight, good)
+    assert trainer.skipped_steps == 5
 
 
 def test_a_whole_run_leaves_its_folder(make_trainer):
