@@ -28,13 +28,18 @@ def instances(task):
     return made
 
 
+PUBLIC = {}  # class -> names of its public methods; the official runner, too, offers every public method
+
+
 def methods(made):
-    return {
-        name: method
-        for instance in made.values()
-        for name, method in inspect.getmembers(instance, predicate=inspect.ismethod)
-        if not name.startswith("_")
-    }
+    found = {}
+    for instance in made.values():
+        cls = type(instance)
+        if cls not in PUBLIC:
+            members = inspect.getmembers(instance, predicate=inspect.ismethod)
+            PUBLIC[cls] = [name for name, _ in members if not name.startswith("_")]
+        found.update((name, getattr(instance, name)) for name in PUBLIC[cls])
+    return found
 
 
 def execute(available, call):
