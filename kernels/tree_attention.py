@@ -407,6 +407,13 @@ def tree_attention(
         )
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f'q is {q.dtype}: impl="triton" takes bfloat16, float16 or float32; use impl="torch"')
+    first = plan.first_query
+    if first:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise ValueError(
+                'a plan with first_query > 0 has no backward with impl="triton": score under no_grad'
+            )
+        q = torch.cat((q.new_zeros(first, *q.shape[1:]), q))  # rows of tiles that no program visits
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     tiles = tiles or choose_tiles(head_dim, q.dtype, capability)
@@ -414,4 +421,4 @@ def tree_attention(
     lists = [*plan.lists(tiles.fwd), *plan.lists(tiles.dq), plan.key_order(tiles.dkv)]
     flat = [size for tile in tiles for size in tile]
     out, lse = tree_attention_op(q, k, v, plan.end, plan.depth, lists, flat, scale, plan.window or 0)
-    return out, lse.T
+    return out[first:], lse.T[first:]

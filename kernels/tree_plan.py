@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pact_fast.kernels import tree_flash
 from pact_fast.kernels.reference import tree_attention as reference
+from pact_fast.kernels.tree_flash import FlashPlan
 from pact_fast.kernels.tree_layout import tree_depth
 from pact_fast.kernels.tree_tiles import TilePlan
 
-TREE_IMPLS = ("auto", "torch", "triton")
+TREE_IMPLS = ("auto", "torch", "triton", "flex", "flash")
 
 
 @dataclass(frozen=True)
@@ -23,26 +26,45 @@ class TreePlan:
     impl: str
     num_tokens: int
     window: int | None
+    first_query: int
     data: Any
 
 
-def tree_plan(subtree_end: Tensor, *, window: int | None = None, impl: str = "auto") -> TreePlan:
+def tree_plan(
+    subtree_end: Tensor, *, window: int | None = None, first_query: int = 0, impl: str = "auto"
+) -> TreePlan:
     """The part of `tree_attention` that depends on the tree alone: its checks and the layout of the work.
 
-    Args as in `tree_attention`. ValueError where `subtree_end` is not a tree.
+    Args as in `tree_attention`. `first_query`: q and the result hold the tokens from here on only; the
+    keys and values of those before come from a cache. ValueError where `subtree_end` is not a tree.
     """
     if subtree_end.dim() != 1 or subtree_end.dtype != torch.int32:
         raise ValueError(f"subtree_end must be [T] int32, got {list(subtree_end.shape)} {subtree_end.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}; None for no window")
-    depth = tree_depth(subtree_end.cpu().numpy())
+    end = subtree_end.cpu().numpy()
+    depth = tree_depth(end)
+    if not 0 <= first_query <= end.size:
+        raise ValueError(f"first_query = {first_query} is not in [0, T = {end.size}]")
     impl = _choose_tree(impl, subtree_end)
     data: Any
+    if first_query and impl in ("flex", "flash"):
+        raise ValueError(f'impl="{impl}" has no cached prefix (first_query); stream with "torch" or "triton"')
+    if window is not None and impl == "flash":
+        raise ValueError(
+            'impl="flash" cannot mask a sliding window on depth; use "triton", "flex" or "torch"'
+        )
     if impl == "torch":
-        data = reference.block_plan(subtree_end, window=window)
+        data = reference.block_plan(subtree_end, window=window, first_query=first_query)
+    elif impl == "triton":
+        data = TilePlan(subtree_end, depth, window, first_query)
+    elif impl == "flex":
+        from pact_fast.kernels.tree_flex import FlexPlan
+
+        data = FlexPlan(subtree_end, depth, window)
     else:
-        data = TilePlan(subtree_end, depth, window)
-    return TreePlan(impl, subtree_end.numel(), window, data)
+        data = FlashPlan(subtree_end, depth)
+    return TreePlan(impl, end.size, window, first_query, data)
 
 
 def run(
@@ -61,12 +83,18 @@ def run(
         return reference.tree_attention(
             q, k, v, subtree_end, scale=scale, plan=plan.data, return_lse=return_lse
         )
+    if plan.impl == "flex":
+        from pact_fast.kernels import tree_flex
+
+        return tree_flex.tree_attention(q, k, v, plan.data, scale=scale, return_lse=return_lse)
+    if plan.impl == "flash":
+        return tree_flash.tree_attention(q, k, v, plan.data, scale=scale)
     from pact_fast.kernels.tree_attention import tree_attention  # triton is an optional package on a CPU
 
     return tree_attention(q, k, v, plan.data, scale=scale)
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, first_query: int) -> None:
     """Raise ValueError or TypeError unless the shapes, dtypes and devices fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3 or not x.is_floating_point():
@@ -75,9 +103,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
             raise TypeError(
                 f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}; cast or move one"
             )
-        if x.shape[0] != subtree_end.shape[0] or x.shape[2] != q.shape[2]:
+        rows = subtree_end.shape[0] - (first_query if name == "q" else 0)
+        if x.shape[0] != rows or x.shape[2] != q.shape[2]:
             raise ValueError(
-                f"{name} is {list(x.shape)}, but subtree_end is [{subtree_end.shape[0]}], q {list(q.shape)}"
+                f"{name} is {list(x.shape)}, but {rows} rows are planned and q is {list(q.shape)}"
             )
     if k.shape != v.shape or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -91,6 +120,13 @@ def _choose_tree(impl: str, tensor: Tensor) -> str:
         raise ValueError(f"impl must be one of {', '.join(TREE_IMPLS)}, got {impl!r}")
     if impl == "auto":
         return "triton" if tensor.is_cuda else "torch"
+    if impl == "flash":
+        if not tensor.is_cuda:
+            raise ValueError('impl="flash" needs CUDA tensors, got CPU; use impl="torch"')
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ImportError(
+                'impl="flash" needs the package flash-attn; use impl="triton" or "flex" without it'
+            )
     if impl == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             'impl="triton" needs CUDA tensors, got CPU; use impl="torch" (or set TRITON_INTERPRET=1 to debug)'

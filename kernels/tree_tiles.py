@@ -56,10 +56,13 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] 
 class TilePlan:
     """Tile lists of one tree on the device, made at the first call and shared by all layers."""
 
-    def __init__(self, subtree_end: Tensor, depth: np.ndarray, window: int | None) -> None:
+    def __init__(
+        self, subtree_end: Tensor, depth: np.ndarray, window: int | None, first_query: int = 0
+    ) -> None:
         self.end = subtree_end
         self.depth = torch.from_numpy(depth.astype(np.int32)).to(subtree_end.device)
         self.window = window
+        self.first_query = first_query  # tiles of earlier queries are left out
         self._host = (subtree_end.cpu().numpy(), depth)
         self._made: dict[tuple, list[Tensor]] = {}
 
@@ -68,7 +71,8 @@ class TilePlan:
         key = ("m", tile.block_m, tile.block_n)
         if key not in self._made:
             made = tile_list(*self._host, tile.block_m, tile.block_n, self.window)
-            self._made[key] = self._to_device(made.order, made.ptr, made.split, made.cols)
+            order = made.order[made.order >= self.first_query // tile.block_m]
+            self._made[key] = self._to_device(order, made.ptr, made.split, made.cols)
         return self._made[key]
 
     def key_order(self, tile: Tile) -> Tensor:

@@ -289,7 +289,8 @@ def tree_attention(
             ancestors.
         plan: `tree_plan` of the same tree, to be made once where many calls share a tree; None: made here.
         return_lse: also return the log-sum-exp of each row's scores, differentiable as well.
-        impl: "auto" (Triton on CUDA, torch elsewhere), "torch" or "triton".
+        impl: "auto" (Triton on CUDA, torch elsewhere), "torch", "triton", "flex" (torch's FlexAttention) or
+            "flash" (the flash-attn package: one call per level of the tree; its lse has no gradient).
 
     Returns:
         out [T, Hq, D] in the dtype of q, or (out, lse [T, Hq] fp32); differentiable in q, k and v.
@@ -300,14 +301,14 @@ def tree_attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as SDPA does
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    check_qkv(q, k, v, subtree_end)
+    check_qkv(q, k, v, subtree_end, plan.first_query if plan else 0)
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     if plan is None:
         plan = tree_plan(subtree_end, window=window, impl=impl)
-    elif plan.num_tokens != q.shape[0] or plan.window != window:
+    elif plan.num_tokens != k.shape[0] or plan.window != window:
         raise ValueError(
-            f"plan is of {plan.num_tokens} tokens and window {plan.window}, the call has {q.shape[0]} tokens "
+            f"plan is of {plan.num_tokens} tokens and window {plan.window}, the call has {k.shape[0]} tokens "
             f"and window {window}: make a plan for each tree and window"
         )
     elif impl != "auto" and impl != plan.impl:

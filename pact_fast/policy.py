@@ -58,6 +58,8 @@ def _pact_tree_attention(
     ):
         raise ValueError(f"{type(module).__name__}: tree attention does not support {', '.join(names)}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer: Any = module.layer_idx
+    k, v = pact_tree.extend(layer, k, v)
     plan = pact_tree.plan(sliding_window)
     out: Any = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
     return out[None], None
@@ -67,17 +69,42 @@ AttentionInterface.register(ATTENTION, _pact_tree_attention)
 
 
 class _TreeCall:
-    """One pack on its way through the layers; plans are made once and shared by all of them."""
+    """One pack on its way through the layers; plans are made once and shared by all of them.
 
-    def __init__(self, subtree_end: Tensor, impl: str) -> None:
+    `cache`: (keys, values) [P, Hkv, D] of the path above the pack, per layer, and `keep`: the tokens of path
+    and pack whose keys and values the next pack needs; both None outside `Policy.stream`.
+    """
+
+    def __init__(
+        self,
+        subtree_end: Tensor,
+        impl: str,
+        cache: dict | None = None,
+        keep: Tensor | None = None,
+        path: int = 0,
+    ) -> None:
         self.subtree_end = subtree_end
         self.impl = impl
+        self.cache = cache
+        self.keep = keep
+        self.path = path
         self._plans: dict[int | None, Any] = {}
 
     def plan(self, window: int | None):
         if window not in self._plans:
-            self._plans[window] = tree_plan(self.subtree_end, window=window, impl=self.impl)
+            self._plans[window] = tree_plan(
+                self.subtree_end, window=window, first_query=self.path, impl=self.impl
+            )
         return self._plans[window]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the path and the pack; remembers those that `keep` names."""
+        if self.cache is None or self.keep is None:
+            return k, v
+        if self.path:
+            k, v = (torch.cat(pair) for pair in zip(self.cache[layer], (k, v), strict=True))
+        self.cache[layer] = k[self.keep], v[self.keep]
+        return k, v
 
 
 class Policy:
@@ -121,24 +148,52 @@ class Policy:
         Row t is what the model computes for token t with its ancestors as the only context, so it equals the
         hidden state of the same token in its sequence run alone.
         """
+        if pack.num_tokens == 0:
+            return self.head.weight.new_zeros(0, self._causal.config.hidden_size)
+        pack = pack.to(self.device)
+        call = _TreeCall(pack.subtree_end, self.attention)
+        return self._forward(pack.input_ids, pack.position_ids, call)
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, call: _TreeCall) -> Tensor:
         config = self._causal.config
         if self._causal.training and (dropout := getattr(config, "attention_dropout", 0.0)):
             raise ValueError(
                 f"attention_dropout = {dropout} in training: tree attention has no dropout; set it to 0 in "
                 "the model's config or call model.eval()"
             )
-        if pack.num_tokens == 0:
-            return self.head.weight.new_zeros(0, config.hidden_size)
-        pack = pack.to(self.device)
-        call = _TreeCall(pack.subtree_end, self.attention)
         with _tree_attention_on(config), self._checkpointing(config):
             out = self._causal.model(
-                input_ids=pack.input_ids[None],
-                position_ids=pack.position_ids[None],
+                input_ids=input_ids[None],
+                position_ids=position_ids[None],
                 use_cache=False,
                 pact_tree=call,
             )
         return out.last_hidden_state[0]
+
+    @torch.no_grad()
+    def stream(self, pack: TreePack, chunk_tokens: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Hidden states of a pack of any size, `chunk_tokens` tokens at a time, without gradients.
+
+        Yields (first, last, above, hidden): hidden [last - first, H] of the packed tokens [first, last), and
+        above [depth of first, H], those of the ancestors of token `first`. In pre-order a chunk needs no
+        other earlier token, so beside one chunk's activations only the keys and values of one path are kept.
+        """
+        pack = pack.to(self.device)
+        end = pack.subtree_end
+        total = pack.num_tokens
+        path = end.new_empty(0, dtype=torch.int64)
+        above = self.head.weight.new_empty(0, self._causal.config.hidden_size)
+        cache: dict[int, tuple[Tensor, Tensor]] = {}
+        for first in range(0, total, chunk_tokens):
+            last = min(first + chunk_tokens, total)
+            here = torch.cat((path, torch.arange(first, last, device=end.device)))
+            local_end = (end[here].clamp(max=last) - first + path.numel()).int()
+            keep = (end[here] > last).nonzero()[:, 0]  # ancestors of token `last`
+            call = _TreeCall(local_end, self.attention, cache, keep, path.numel())
+            hidden = self._forward(pack.input_ids[first:last], pack.position_ids[first:last], call)
+            yield first, last, above, hidden
+            above = torch.cat((above, hidden))[keep]
+            path = here[keep]
 
     @contextmanager
     def _checkpointing(self, config) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ def sequence_logprobs(
         model: a Policy, or a Hugging Face causal LM of a family that Policy accepts.
         sequences: lists or [len] tensors of token ids, len >= 1.
         temperature: divides the logits.
-        token_budget: packed tokens of one forward; more sequences than fit take several.
+        token_budget: packed tokens of one forward. More take several: with gradients, packs that repeat the
+            prefixes they need; without, one sweep over the tree that keeps the keys and values of one path,
+            so every token is still computed once and memory stays bounded.
         impl: "auto", or the implementation of attention and head by name (with a Policy: of the head).
 
     Returns:
@@ -87,35 +90,60 @@ def _score(
     for s, sequence in enumerate(sequences):
         if len(sequence) == 0:
             raise ValueError(f"sequences[{s}] is empty: a log-prob needs a token and at least one before it")
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     out: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for members in plan_packs(sequences, token_budget):
+    everything = list(range(len(sequences)))
+    for members in plan_packs(sequences, token_budget) if torch.is_grad_enabled() else [everything]:
         pack = pack_tree([sequences[s] for s in members]).to(policy.device)
         targets = [index[starts[s] :] for s, index in zip(members, pack.token_index, strict=True)]
-        logprobs = pack_logprobs(policy, pack, targets, temperature=temperature, impl=impl)
+        logprobs = pack_logprobs(
+            policy, pack, targets, temperature=temperature, token_budget=token_budget, impl=impl
+        )
         for s, scores in zip(members, logprobs, strict=True):
             out[s] = scores
     return out
 
 
 def pack_logprobs(
-    policy: Policy, pack: TreePack, targets: Sequence[Tensor], *, temperature: float = 1.0, impl: str = "auto"
+    policy: Policy,
+    pack: TreePack,
+    targets: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    token_budget: int | None = None,
+    impl: str = "auto",
 ) -> list[Tensor]:
     """Log-probs of the packed tokens `targets[s]` ([n] int64 each, none a root) given their ancestors: fp32
     [n] each.
 
-    A token that several of them name goes through the LM head once.
+    A token that several of them name goes through the LM head once. `token_budget`: without gradients, a
+    larger pack is streamed in chunks of that many tokens.
     """
     wanted = torch.cat([torch.empty(0, dtype=torch.int64, device=policy.device), *targets])
     rows, where = wanted.unique(return_inverse=True)
-    hidden = policy.hidden(pack)
     head = policy.head
-    logprobs = linear_logprob(
-        hidden[pack.parent[rows]],
-        head.weight,
-        pack.input_ids[rows],
-        bias=head.bias,
-        temperature=temperature / head.scale,
-        softcap=head.softcap,
-        impl=impl,
-    )
+
+    def score(hidden: Tensor, tokens: Tensor) -> Any:
+        return linear_logprob(
+            hidden,
+            head.weight,
+            tokens,
+            bias=head.bias,
+            temperature=temperature / head.scale,
+            softcap=head.softcap,
+            impl=impl,
+        )
+
+    if token_budget is None or torch.is_grad_enabled() or pack.num_tokens <= token_budget:
+        logprobs = score(policy.hidden(pack)[pack.parent[rows]], pack.input_ids[rows])
+    else:
+        pieces = []
+        for first, last, above, hidden in policy.stream(pack, token_budget):
+            own = rows[(rows >= first) & (rows < last)]
+            # Ancestors of the chunk are one path, so the parent above it is found by its depth.
+            parent = pack.parent[own]
+            parent = torch.where(parent >= first, parent - first + above.shape[0], pack.position_ids[own] - 1)
+            pieces.append(score(torch.cat((above, hidden))[parent], pack.input_ids[own]))
+        logprobs = torch.cat(pieces)
     return list(logprobs[where].split([target.numel() for target in targets]))

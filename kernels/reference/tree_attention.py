@@ -42,12 +42,11 @@ def tree_attention_dense(q, k, v, subtree_end, *, scale=None, window=None):
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [start, stop), where their keys lie in the gathered K/V, and the mask (None: plain causal)."""
+    """Neighbouring queries, their keys in the gathered K/V, and the mask (None: plain causal)."""
 
-    start: int
-    stop: int
-    keys: slice
-    mask: torch.Tensor | None  # [stop - start, keys] bool
+    queries: int
+    keys: int
+    mask: torch.Tensor | None  # [queries, keys] bool
 
 
 @dataclass
@@ -83,56 +82,61 @@ def _cut(end: list[int], block: int) -> list[tuple[int, int, list[tuple[int, int
     """Blocks (start, stop, ancestor ranges): sibling subtrees together if they fit, long runs in pieces."""
     stops = dict(_runs(end))
     out: list[tuple[int, int, list[tuple[int, int]]]] = []
-    stack: list[tuple[int, int, list[tuple[int, int]]]] = [
-        (0, len(end), [])
-    ]  # sibling ranges still to be cut
+    everything: list[tuple[int, int]] = []
+    stack = [(0, len(end), everything)]  # sibling ranges still to be cut, and the path above them
     while stack:
         at, limit, path = stack.pop()
         if at == limit:
             continue
-        first = at
-        while at < limit and end[at] - first <= block:
+        begin = at
+        while at < limit and end[at] - begin <= block:
             at = end[at]
-        if at > first:
-            out.append((first, at, path))
+        if at > begin:
+            out.append((begin, at, path))
         else:
-            at, stop = end[first], stops[first]
+            at, stop = end[begin], stops[begin]
             if path:
-                for piece in range(first, stop, block):
-                    out.append((piece, min(piece + block, stop), [*path, (first, piece)]))
+                for piece in range(begin, stop, block):
+                    out.append((piece, min(piece + block, stop), [*path, (begin, piece)]))
             else:
-                out.append((first, stop, path))
+                out.append((begin, stop, path))
             stack.append((at, limit, path))  # later siblings, after the children
-            at, limit, path = stop, at, [*path, (first, stop)]
+            at, limit, path = stop, at, [*path, (begin, stop)]
         stack.append((at, limit, path))
     return out
 
 
-def block_plan(subtree_end: torch.Tensor, *, window: int | None = None, block: int = BLOCK) -> BlockPlan:
-    """Cut a tree into blocks. `subtree_end` [T] int32 must be a tree (see `TreePack.check`)."""
+def block_plan(
+    subtree_end: torch.Tensor, *, window: int | None = None, first_query: int = 0, block: int = BLOCK
+) -> BlockPlan:
+    """Cut a tree into blocks. `subtree_end` [T] int32 must be a tree (see `TreePack.check`).
+
+    `first_query`: queries are the tokens from here on only.
+    """
     device = subtree_end.device
     ends = subtree_end.cpu().long()
-    pieces, blocks, at = [], [], 0
+    pieces, blocks = [], []
     depth = None
     if window is not None:
         # tokens whose interval is still open at i, less itself
         closed = torch.bincount(ends, minlength=ends.numel() + 1).cumsum(0)[: ends.numel()]
         depth = torch.arange(ends.numel()) - closed
     for start, stop, path in _cut(ends.tolist(), block):
+        if stop <= first_query:
+            continue
         own = torch.arange(start, stop)
+        rows = own[max(first_query - start, 0) :]
         index = torch.cat([*(torch.arange(a, b) for a, b in path), own])
         mask = None
-        if path or window is not None or not bool((ends[own] >= stop).all()):
-            mask = torch.ones(stop - start, index.numel(), dtype=torch.bool)
-            mask[:, index.numel() - own.numel() :] = (own[None] <= own[:, None]) & (
-                own[:, None] < ends[own][None]
-            )
+        if rows.numel() < index.numel() or window is not None or not bool((ends[own] >= stop).all()):
+            mask = torch.ones(rows.numel(), index.numel(), dtype=torch.bool)
+            visible = (own[None] <= rows[:, None]) & (rows[:, None] < ends[own][None])
+            mask[:, index.numel() - own.numel() :] = visible
             if depth is not None:
-                mask &= depth[own][:, None] - depth[index][None] < window
+                mask &= depth[rows][:, None] - depth[index][None] < window
             mask = mask.to(device)
         pieces.append(index)
-        blocks.append(Block(start, stop, slice(at, at + index.numel()), mask))
-        at += index.numel()
+        blocks.append(Block(rows.numel(), index.numel(), mask))
     gather = torch.cat(pieces) if pieces else ends
     return BlockPlan(blocks, gather.to(device), window)
 
@@ -146,17 +150,14 @@ def tree_attention(
     """
     if plan is None:
         plan = block_plan(subtree_end, window=window)
-
     kv_heads, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
     keys = k.index_select(0, plan.gather)
     values = v.index_select(0, plan.gather)
     queries = q.unflatten(1, (kv_heads, group))
-    sizes = [
-        block.mask.shape[1] if block.mask is not None else block.stop - block.start for block in plan.blocks
-    ]
+    sizes = [block.keys for block in plan.blocks]
     out, lse = [], []
     for q_block, k_block, v_block, bias in zip(
-        queries.split([block.stop - block.start for block in plan.blocks]),
+        queries.split([block.queries for block in plan.blocks]),
         keys.split(sizes),
         values.split(sizes),
         plan.bias(q.dtype),

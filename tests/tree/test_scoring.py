@@ -21,6 +21,34 @@ def test_sequence_logprobs_equal_one_by_one(family, token_budget):
     assert_gradients_equal(model, weighted_sum(got), weighted_sum(want))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_streaming_against_cached_keys_gives_the_same_numbers(family, chunk):
+    model = tiny_model(family).double()  # so that only a wrong context can make a difference
+    forwarded = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda _, __, out: forwarded.append(out.shape[1]))
+    sequences = [s for s in random_sequences(7) if s] + pact_sequences(7)
+    whole = sequence_logprobs(model, sequences)
+    tokens = sum(forwarded)
+    forwarded.clear()
+    streamed = sequence_logprobs(model, sequences, token_budget=chunk)
+    handle.remove()
+    for a, b in zip(streamed, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=0)
+    assert max(forwarded) == chunk
+    assert sum(forwarded) == tokens  # nothing is computed twice
+
+
+@torch.no_grad()
+def test_streaming_a_sliding_window_gives_the_same_numbers():
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    sequences = pact_sequences(7)
+    for a, b in zip(
+        sequence_logprobs(model, sequences, token_budget=13), one_by_one(model, sequences), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_temperature_divides_the_logits():
     model = tiny_model("qwen3").eval()
     ids = torch.tensor(pact_sequences(1)[0])
