@@ -76,6 +76,7 @@ def examine() -> list[Finding]:
     findings += [_package(name, "optional", cost) for name, cost in OPTIONAL]
     findings += _guard("compiled", _native_parts)
     findings += _guard("compiled", _nvcc)
+    findings += _guard("sandbox", _sandbox)
     return findings
 
 
@@ -105,6 +106,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(table)
     console.print("training can run here" if good else "[red]training cannot run here: `make setup`[/]")
     return 0 if good else 1
+
+
+SANDBOX_COSTS = {
+    "namespaces": "tools see the network device and other processes; only the system-call filter stops them",
+    "root": "tools can read the files that you can read (docs/environments.md)",
+    "limits": "a tool can take all memory",
+    "capabilities": "a tool run by root keeps root's rights",
+    "seccomp": "tools can start processes and open sockets",
+}
+
+
+def _sandbox() -> list[Finding]:
+    """Which walls stand round tool code on this machine."""
+    from pact_fast.envs.sandbox import Sandbox
+
+    with Sandbox() as sandbox:
+        return [
+            Finding(
+                "sandbox",
+                f"sandbox: {name}",
+                "ok" if holds is True else "missing",
+                "holds" if holds is True else str(holds),
+                SANDBOX_COSTS[name],
+            )
+            for name, holds in sandbox.protections.items()
+        ]
 
 
 def _package(name: str, area: str, cost: str) -> Finding:

@@ -228,3 +228,14 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
     trainer.wait()
     _gone, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_the_doctor_names_every_protection_and_what_its_lack_costs():
+    from pact_fast.doctor import examine
+
+    findings = {f.name: f for f in examine() if f.area == "sandbox"}
+    with Sandbox() as sandbox:
+        for name, holds in sandbox.protections.items():
+            finding = findings[f"sandbox: {name}"]
+            assert (finding.status == "ok") == (holds is True)
+            assert finding.cost
