@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwe
 from pact_fast.data.chat import ChatFormat, Component, Tokens
 from pact_fast.data.records import Record
 from pact_fast.envs.toolbox import BaseMix, base_records
+from pact_fast.models.induction import write_induction_circuit
 from pact_fast.models.toolbox_tokenizer import record_texts, train_tokenizer
 
 TARGETS = (Component.REASONING, Component.STRUCTURE, Component.TOOL_CALL, Component.ANSWER)
@@ -38,16 +39,17 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 0
-    steps: int = 800
+    steps: int = 680
     batch_rows: int = 32
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 3e-3
     warmup: int = 60
-    reference_share: float = 0.05  # rows whose prompt shows a trace, so that reference text is nothing new
-    drill_share: float = 0.3  # first part of the steps: short rows, names copied and calls spelled out
+    reference_share: float = 0.03  # rows whose prompt shows a trace, so that reference text is nothing new
+    drill_steps: int = 40  # first steps: short rows, names copied and calls spelled out
     hidden: int = 64
     layers: int = 4
-    heads: int = 4
+    heads: int = 2
     kv_heads: int = 2
+    head_dim: int = 32
     intermediate: int = 256
 
 
@@ -57,15 +59,16 @@ def make_base(recipe: Recipe, out: Path) -> None:
     tokenizer = make_tokenizer(recipe.seed)
     chat = ChatFormat.for_tokenizer(tokenizer)
     model = Qwen3ForCausalLM(model_config(recipe, tokenizer))
+    write_induction_circuit(model)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}")
-    drills = int(recipe.drill_share * recipe.steps) * recipe.batch_rows
+    drills = recipe.drill_steps * recipe.batch_rows
     records = base_records(drills, recipe.seed + 1, DRILL)
     records += base_records(recipe.steps * recipe.batch_rows - drills, recipe.seed)
     rows = [conversation(chat, record, shown(recipe, i)) for i, record in enumerate(records)]
     train(model, rows, recipe)
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -85,9 +88,9 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3Con
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
-        head_dim=recipe.hidden // recipe.heads,
+        head_dim=recipe.head_dim,
         max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
         initializer_range=0.05,
         eos_token_id=tokenizer.eos_token_id,
@@ -141,10 +144,9 @@ def train(model: Qwen3ForCausalLM, rows: Sequence[Tokens], recipe: Recipe) -> No
 
 
 def learning_rate_scale(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then linear decay to a tenth."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    return 1.0 - 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    """Linear warm-up, constant for half of the run, then linear to a fiftieth."""
+    left = (recipe.steps - step) / (recipe.steps / 2)
+    return min((step + 1) / recipe.warmup, 1.0, max(left, 0.02))
 
 
 def batch_loss(model: Qwen3ForCausalLM, batch: Sequence[Tokens]) -> torch.Tensor:

@@ -2,17 +2,25 @@
 
 import itertools
 import json
-import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from pact_fast.data.chat import ChatFormat, Component
 from pact_fast.envs.base import make_env
 from pact_fast.envs.toolbox import base_records
 from pact_fast.models import base_model_path
-from pact_fast.models.toolbox_base import Recipe, batch_loss, batches, conversation, make_base, shown
+from pact_fast.models.induction import write_induction_circuit
+from pact_fast.models.toolbox_base import (
+    Recipe,
+    batch_loss,
+    batches,
+    conversation,
+    make_base,
+    model_config,
+    shown,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +83,8 @@ def test_toolbox_conversations_decode_to_the_template_and_stay_short(chat, diffi
         assert len(prompt) <= 350
         assert len(trace) <= 600
         calls = sum(len(m.get("tool_calls", ())) for m in record.expert_trace)
-        names = re.findall(
-            r'{"name"',
-            chat.decode(
-                [i for i, c in zip(trace.ids, trace.components, strict=True) if c == Component.TOOL_CALL]
-            ),
-        )
-        assert len(names) == calls
+        inside = [i for i, c in zip(trace.ids, trace.components, strict=True) if c == Component.TOOL_CALL]
+        assert chat.decode(inside).count('"arguments": ') == calls
 
 
 def test_model_copies_a_name_into_its_call(model, chat):
@@ -112,6 +115,28 @@ def test_batch_loss_with_a_shared_beginning_equals_one_row_at_a_time(model, chat
     assert sum(shown(recipe, i) for i in range(1000)) == round(1000 * recipe.reference_share)
 
 
+def test_induction_circuit_copies_before_any_training(chat):
+    """A name seen once: given its first syllable again, the second stands out among all tokens."""
+    torch.manual_seed(0)
+    untrained = Qwen3ForCausalLM(model_config(Recipe(), chat.tokenizer)).eval()
+    world = base_records(1, seed=9)[0].env["world"]
+    names = [*world["person"], *world["place"]]
+    text = "The names are " + " and ".join(f'"{name}"' for name in names) + ". "
+
+    def ranks():
+        found = []
+        for name in names:
+            first, second = chat.tokenizer(name, add_special_tokens=False)["input_ids"]
+            ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+            logits = untrained(torch.tensor([[*ids, first]])).logits[0, -1]
+            found.append(int((logits > logits[second]).sum()))
+        return sorted(found)
+
+    at_random = ranks()
+    write_induction_circuit(untrained)
+    assert ranks()[len(names) // 2] < 30 < at_random[len(names) // 2]
+
+
 def test_batches_pass_over_every_row_once(chat):
     recipe = Recipe(batch_rows=4)
     rows = [conversation(chat, record, False) for record in base_records(22, seed=3)]
@@ -120,7 +145,7 @@ def test_batches_pass_over_every_row_once(chat):
 
 
 def test_recipe_is_repeatable_and_writes_a_loadable_model(tmp_path):
-    recipe = Recipe(steps=2, batch_rows=4, hidden=16, layers=1, heads=2, kv_heads=1, intermediate=16)
+    recipe = Recipe(steps=2, batch_rows=4, layers=2, heads=1, kv_heads=1, intermediate=16)
     for name in ("one", "two"):
         make_base(recipe, tmp_path / name)
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
