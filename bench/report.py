@@ -1,0 +1,134 @@
+"""CSV rows to a table, a plot, and the targets of the LM head with the floor of the same run."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from runner import COLUMNS
+
+Row = dict[str, str]
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    """Appends rows, with a header where the file is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(paths: Iterable[Path]) -> list[Row]:
+    return [row for path in paths for row in csv.DictReader(path.open(newline=""))]
+
+
+def print_table(rows: list[dict[str, object]], left_out: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0] if rows else {}
+    title = f"{first.get('op', '')} {first.get('mode', '')} {first.get('shape', '')} {first.get('dtype', '')}"
+    table = Table(title=title, title_justify="left")
+    for column in ("provider", "p20", "median", "p80", "peak GiB", "extra GiB"):
+        table.add_column(column, justify="left" if column == "provider" else "right")
+    by_name: dict[str, dict[str, dict[str, object]]] = {}
+    for row in rows:
+        by_name.setdefault(f"{row['provider']}/{row['impl']}", {})[str(row["metric"])] = row
+    for name, metrics in sorted(by_name.items(), key=lambda item: float(str(item[1]["time"]["p50"]))):
+        time = metrics["time"]
+        memory = [str(metrics[m]["p50"]) if m in metrics else "" for m in ("peak_memory", "extra_memory")]
+        table.add_row(name, str(time["p20"]), f"{time['p50']} ms", str(time["p80"]), *memory)
+    Console().print(table)
+    for name, reason in left_out.items():
+        print(f"  left out: {name}: {reason}")
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """One bar per provider (median, p20 to p80) for each op, mode and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups: dict[tuple[str, ...], list[dict[str, object]]] = {}
+    for row in rows:
+        if row["metric"] == "time":
+            groups.setdefault(tuple(str(row[k]) for k in ("op", "mode", "shape")), []).append(row)
+    if not groups:
+        return
+    figure, axes = pyplot.subplots(len(groups), 1, figsize=(8, 2.2 * len(groups)), squeeze=False)
+    for axis, (title, group) in zip(axes[:, 0], groups.items(), strict=True):
+        group = sorted(group, key=lambda row: float(str(row["p50"])))
+        middle = [float(str(row["p50"])) for row in group]
+        spread = [[m - float(str(r["p20"])) for m, r in zip(middle, group, strict=True)],
+                  [float(str(r["p80"])) - m for m, r in zip(middle, group, strict=True)]]  # fmt: skip
+        names = [f"{row['provider']}/{row['impl']}" for row in group]
+        colors = ["#2a6f97" if name.startswith("pact_fast") else "#b0b0b0" for name in names]
+        axis.barh(names, middle, xerr=spread, color=colors)
+        axis.set_title(" ".join(title), fontsize=9)
+        axis.set_xlabel("ms")
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# (what, ours, beside, most): median of ours over median of the other in the same run, at the main shape.
+TRAIN = "forward+backward"
+TARGETS = (
+    ("loss, forward+backward / 3 GEMMs", ("linear_pact_loss", TRAIN, "pact_fast"), "gemms", 1.15),
+    (
+        "cross-entropy, forward+backward / 3 GEMMs",
+        ("linear_cross_entropy", TRAIN, "pact_fast"),
+        "gemms",
+        1.15,
+    ),
+    ("cross-entropy / Liger", ("linear_cross_entropy", TRAIN, "pact_fast"), "liger", 1 / 3.5),
+    ("cross-entropy / TRL chunked", ("linear_cross_entropy", TRAIN, "pact_fast"), "trl", 1 / 3.0),
+    ("scoring / 1 GEMM", ("linear_logprob", "forward", "pact_fast"), "gemms", 1.12),
+    ("log-prob, forward+backward / 4 GEMMs", ("linear_logprob", TRAIN, "pact_fast"), "gemms", 1.15),
+)
+
+
+def best(rows: list[Row], op: str, mode: str, provider: str, metric: str) -> float | None:
+    """The lowest median of a provider's implementations, plain torch references aside."""
+    values = [
+        float(r["p50"])
+        for r in rows
+        if (r["op"], r["mode"], r["provider"], r["metric"]) == (op, mode, provider, metric)
+        and not (provider == "pact_fast" and r["impl"] == "torch" and r["gpu"] != "cpu")
+    ]
+    return min(values) if values else None
+
+
+def print_targets(rows: list[Row]) -> None:
+    """Per shape: each target's ratio, and whether it is met. Nothing is claimed where a row is missing."""
+    for shape in dict.fromkeys(r["shape"] for r in rows):
+        here = [r for r in rows if r["shape"] == shape]
+        print(f"\n{shape} ({here[0]['gpu']}, torch {here[0]['torch']}, triton {here[0]['triton']})")
+        for what, (op, mode, provider), other, most in TARGETS:
+            a, b = best(here, op, mode, provider, "time"), best(here, op, mode, other, "time")
+            verdict = (
+                "not measured"
+                if a is None or b is None
+                else f"{a / b:.3f} (target {most:.3f}) {mark(a / b, most)}"
+            )
+            print(f"  {what:45s} {verdict}")
+        args = "linear_cross_entropy", "live30", "pact_fast", "time"
+        a, b = best(here, *args), best(here, "linear_cross_entropy", TRAIN, "pact_fast", "time")
+        if a is not None and b is not None:
+            print(f"  {'30% live rows / all rows':45s} {a / b:.3f} (target 0.360) {mark(a / b, 0.36)}")
+        for what, op, metric, limit in (
+            ("peak GiB, cross-entropy, at most Liger's", "linear_cross_entropy", "peak_memory", "liger"),
+            ("extra GiB, log-prob forward+backward", "linear_logprob", "extra_memory", 0.6),
+        ):
+            a = best(here, op, TRAIN, "pact_fast", metric)
+            b = best(here, op, TRAIN, limit, metric) if isinstance(limit, str) else limit
+            if a is not None and b is not None:
+                print(f"  {what:45s} {a:.2f} (target {b:.2f}) {mark(a, b)}")
+
+
+def mark(value: float, most: float) -> str:
+    return "met" if value <= most else "MISSED"

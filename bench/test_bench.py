@@ -1,0 +1,34 @@
+"""The CPU subset through pytest-benchmark: `pytest bench/ --benchmark-only`. Each case passes a gate first."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import head  # noqa: F401  registers the LM-head ops
+from registry import OPS, Unavailable
+from runner import gate
+
+CASES = [
+    pytest.param(op, shape, mode, name, id=f"{op.name}-{mode}-{shape}-{name}".replace(" ", ","))
+    for op in OPS.values()
+    for shape in op.cpu_shapes[:1]
+    for mode in op.modes
+    for name in op.providers
+    if not name.startswith(("cut-cross-entropy", "quack")) and not name.endswith(("/triton", "/cuda"))
+]
+
+
+@pytest.mark.parametrize(("op", "shape", "mode", "name"), CASES)
+def test_benchmark(benchmark, op, shape, mode, name):
+    pytest.importorskip({"trl": "trl", "liger": "liger_kernel"}.get(name.split("/")[0], "torch"))
+    torch.set_num_threads(1)
+    try:
+        gate(op, name, mode, torch.float32, "cpu")
+        run = op.providers[name](op.make_inputs(shape, torch.float32, "cpu"), mode)
+    except (Unavailable, NotImplementedError) as error:
+        pytest.skip(str(error))
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
