@@ -1,6 +1,6 @@
 """pact-fast bench: times the ops beside their peers, prints a table, writes CSV rows and a plot.
 
-    pact-fast bench [--op NAME] [--provider TEXT] [--seconds 2] [--main-shape] [--out FOLDER]
+    pact-fast bench [--op NAME] [--provider TEXT] [--seconds 2] [--shapes main|others|all] [--out FOLDER]
     pact-fast bench --targets        the targets, from the CSV rows that are there
 
 On a GPU: bf16 at real sizes. Elsewhere: fp32 at small ones, to see that everything runs. A provider must pass
@@ -28,7 +28,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--op", action="append", choices=sorted(OPS), help="only this op (may be repeated)")
     parser.add_argument("--provider", default="", help="only providers whose name contains this")
     parser.add_argument("--seconds", type=float, default=2.0, help="time per op, shape and mode (default 2)")
-    parser.add_argument("--main-shape", action="store_true", help="only the first shape of each op")
+    parser.add_argument(
+        "--shapes",
+        choices=("main", "others", "all"),
+        default="all",
+        help="the first shape of an op, the rest, or all",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the plot")
     parser.add_argument("--targets", action="store_true", help="print the targets from the rows in --out")
     return parser.parse_args(argv)
@@ -50,7 +55,7 @@ def main(argv: list[str]) -> int:
     for name in args.op or list(OPS):
         op = OPS[name]
         shapes = op.gpu_shapes if gpu else op.cpu_shapes
-        for shape in shapes[:1] if args.main_shape else shapes:
+        for shape in {"main": shapes[:1], "others": shapes[1:], "all": shapes}[args.shapes]:
             for mode in op.modes:
                 rows, left_out = measure(
                     op, shape, mode, dtype, device, seconds=args.seconds, wanted=lambda n: args.provider in n

@@ -1,4 +1,4 @@
-"""The CPU subset through pytest-benchmark: `pytest bench/ --benchmark-only`. Each case passes a gate first."""
+"""The CPU subset through pytest-benchmark: `pytest bench/ --benchmark-only`. A case passes the gate first."""
 
 import sys
 from pathlib import Path

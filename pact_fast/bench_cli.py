@@ -4,10 +4,11 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmarks; FileNotFoundError where there is no repository beside the package."""
+def load() -> ModuleType:
+    """bench/main.py as a module; FileNotFoundError where there is no repository beside the package."""
     script = Path(__file__).resolve().parent.parent / "bench" / "main.py"
     if not script.exists():
         raise FileNotFoundError(
@@ -19,4 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ImportError(f"cannot load {script}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main(list(sys.argv[1:] if argv is None else argv))
+    return module
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """pact-fast bench [options]: exit status 0, or 1 where one of our ops failed its correctness gate."""
+    return load().main(list(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

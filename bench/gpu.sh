@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one command and without a network: `make gpu`, or one part: bash bench/gpu.sh PART...
+#   setup    environment on the machine's own torch and triton, native parts built if nvcc is there
+#   tests    the GPU tests and the kernel tests, compiled instead of interpreted
+#   bench    the ops beside their peers: CSV rows and a plot in bench/results/
+#   summary  the targets, from those rows, to bench/results/summary.txt
+# Each part has a time limit; together they end within 8 minutes. Peers that are not installed are left out with the
+# reason; wheels of them in $PACT_FAST_WHEELS (a folder) are installed without dependencies.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+VENV=${VENV_GPU:-.venv-gpu}
+PY=$VENV/bin/python
+SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
+unset TRITON_INTERPRET
+export TRITON_DEFAULT_FP_FUSION=${TRITON_DEFAULT_FP_FUSION:-1}
+
+fail() { echo "gpu.sh: $*" >&2; exit 1; }
+
+part_setup() {
+    command -v nvidia-smi >/dev/null && nvidia-smi -L || fail "no GPU is visible (nvidia-smi): run this on a machine with one"
+    [ -x "$PY" ] || python3 -m venv --system-site-packages "$VENV" || fail "python3 -m venv failed"
+    timeout 90 "$PY" -m pip install -q --no-index --no-deps --no-build-isolation -e . ||
+        { echo "gpu.sh: no editable install, using the folder as it is" >&2
+          timeout 90 "$PY" setup.py -q build_ext --inplace || echo "gpu.sh: native parts were not built" >&2; }
+    if [ -n "${PACT_FAST_WHEELS:-}" ]; then
+        "$PY" -m pip install -q --no-index --no-deps "$PACT_FAST_WHEELS"/*.whl || echo "gpu.sh: some wheels failed" >&2
+    fi
+    "$PY" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_device_name())' ||
+        fail "this python has no torch with CUDA and triton"
+}
+
+part_tests() {
+    timeout "${TESTS_LIMIT:-160}" "$PY" -m pytest -q -x -p no:cacheprovider -m gpu tests || return 1
+    timeout "${KERNEL_TESTS_LIMIT:-70}" "$PY" -m pytest -q -x -p no:cacheprovider tests/ops/test_head_kernels.py
+}
+
+part_bench() {
+    local status=0
+    timeout "${BENCH_LIMIT:-110}" "$PY" -m pact_fast.bench_cli --shapes main --seconds "$SECONDS_PER_CASE" || status=$?
+    timeout "${BENCH_LIMIT:-90}" "$PY" -m pact_fast.bench_cli --shapes others --seconds "$SECONDS_PER_CASE" || status=$?
+    return $status
+}
+
+part_summary() {
+    "$PY" -m pact_fast.bench_cli --targets | tee bench/results/summary.txt
+}
+
+status=0
+for part in "${@:-setup tests bench summary}"; do
+    for name in $part; do
+        echo "== $name"
+        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, summary"
+        if ! "part_$name"; then
+            status=1
+            echo "gpu.sh: $name failed or ran out of time" >&2
+            [ "$name" = tests ] && fail "no speed is reported on a red test gate; run 'bash bench/gpu.sh bench' to time anyway"
+        fi
+    done
+done
+exit $status
