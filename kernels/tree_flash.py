@@ -24,7 +24,7 @@ from pact_fast.kernels.tree_layout import parent_index
 
 @dataclass(frozen=True)
 class Part:
-    """One variable-length call: packed indices of its queries and keys, and where each pair of segments ends."""
+    """One variable-length call: packed indices of its queries and keys, and the ends of its segments."""
 
     queries: Tensor  # [n] int64
     keys: Tensor  # [m] int64
@@ -90,7 +90,7 @@ class FlashAttention2:
 
 
 class FlashPlan:
-    """The parts of one tree: every run with itself, then level by level the runs with all that is below them."""
+    """The parts of one tree: every run with itself, then level by level the runs with all below them."""
 
     def __init__(self, subtree_end: Tensor, depth: np.ndarray) -> None:
         end = subtree_end.cpu().numpy().astype(np.int64)
@@ -166,7 +166,7 @@ class _Merged(torch.autograd.Function):
 def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: FlashPlan, *, scale: float | None, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, D], differentiable, and lse [T, Hq] without a gradient. ImportError where flash-attn is absent."""
+    """out [T, Hq, D], differentiable, and lse [T, Hq] without a gradient. ImportError without flash-attn."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = _Merged.apply(q, k, v, plan, scale, backend or FlashAttention2())

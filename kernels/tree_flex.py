@@ -1,4 +1,4 @@
-"""Tree attention by torch's FlexAttention: the best pip-only peer, with the same mask and the same tile lists."""
+"""Tree attention by torch's FlexAttention: the best pip-only peer, with the same mask and tile lists."""
 
 from __future__ import annotations
 

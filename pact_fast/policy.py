@@ -116,16 +116,26 @@ class Policy:
         gradient_checkpointing: recompute every decoder layer in the backward instead of keeping its
             activations.
 
+        liger: replace RMSNorm, RoPE and SwiGLU by Liger's Triton kernels (package liger-kernel). This changes
+            the model itself, and RoPE for every model of its family in the process, as Liger does it.
+
     ValueError names what a tree cannot go through: other families, recurrent or linear-attention layers,
     attention sinks, RoPE that depends on the sequence's length, attention dropout in training.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, attention: str = "auto", gradient_checkpointing: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        attention: str = "auto",
+        gradient_checkpointing: bool = False,
+        liger: bool = False,
     ) -> None:
         unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
         causal: Any = unwrap() if unwrap else model
         _check_model(causal)
+        if liger:
+            _apply_liger(causal)
         self.model = model
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
@@ -235,6 +245,17 @@ def _tree_attention_on(config) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def _apply_liger(model: Any) -> None:
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise ImportError("liger=True needs the package liger-kernel: pip install liger-kernel") from error
+    apply = getattr(monkey_patch, f"apply_liger_kernel_to_{model.config.model_type}")
+    # The head and its loss are ours.
+    heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply(rope=True, rms_norm=True, swiglu=True, **heads, model=model)
 
 
 def _check_model(model: Any) -> None:

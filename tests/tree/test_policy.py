@@ -1,5 +1,8 @@
 """A tree pass equals running every sequence alone through the same Hugging Face model."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig
@@ -122,6 +125,39 @@ def test_attention_dropout_in_training_is_refused():
     with pytest.raises(ValueError, match=r"attention_dropout = 0\.1"):
         Policy(model.train()).hidden(pack_tree([[1, 2]]))
     Policy(model.eval()).hidden(pack_tree([[1, 2]]))
+
+
+LIGER = """
+import torch
+from pact_fast.packing import pack_tree
+from pact_fast.policy import Policy
+from tests.tree.conftest import pact_sequences, tiny_model
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pack = pack_tree(pact_sequences(1, prompt=8, trace=4, rollout=4, group=1))
+results = []
+for liger in (False, True):
+    model = tiny_model("FAMILY", hidden_size=16, intermediate_size=16).to(device)
+    hidden = Policy(model, liger=liger, attention="torch").hidden(pack)
+    weights = torch.linspace(-1, 1, hidden.numel(), device=device).view_as(hidden)
+    results.append((hidden, *torch.autograd.grad((hidden * weights).sum(), list(model.model.parameters()))))
+assert "Liger" in type(model.model.norm).__name__ or "Liger" in model.model.norm.forward.__qualname__
+for a, b in zip(*results):
+    assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6, (a - b).norm() / a.norm()
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_liger_kernels_change_nothing_but_speed(name):
+    """In a process of its own: Liger replaces the RoPE function of the whole family."""
+    pytest.importorskip("liger_kernel")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIGER.replace("FAMILY", name)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
 
 
 def test_other_families_and_layers_are_refused():
