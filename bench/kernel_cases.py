@@ -112,7 +112,10 @@ def gradient_cases(dtype: str) -> Iterator[Case]:
 
 
 def default_cases() -> list[Case]:
-    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16")]
+    from tree_kernel_cases import tree_cases  # it needs Case
+
+    tree = [*tree_cases("bf16", 128), *tree_cases("bf16", 64)]
+    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16"), *tree]
 
 
 def all_cases() -> list[Case]:
@@ -120,4 +123,8 @@ def all_cases() -> list[Case]:
         case for dtype in ("fp16", "fp32") for case in (*row_cases(dtype, QWEN_VOCAB), *gradient_cases(dtype))
     ]
     small = [case for dtype in ("bf16", "fp32") for case in row_cases(dtype, 512)]
-    return default_cases() + more + small + list(row_cases("bf16", 50_257))
+    from tree_kernel_cases import tree_cases
+
+    tree = [*tree_cases("fp16", 128), *tree_cases("bf16", 96), *tree_cases("bf16", 256)]
+    tree += tree_cases("bf16", 128, window=True)
+    return default_cases() + more + small + list(row_cases("bf16", 50_257)) + tree

@@ -18,14 +18,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from report import write_csv
-from runner import machine, memory, times
-from transformers import Qwen3Config, Qwen3ForCausalLM
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from pact_fast import (
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from report import write_csv  # noqa: E402
+from runner import machine, memory, times  # noqa: E402
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+from pact_fast import (  # noqa: E402
     Policy,
     TreePack,
     context_logprobs,
@@ -34,8 +36,8 @@ from pact_fast import (
     pack_linear,
     pack_tree,
 )
-from pact_fast.kernels import tree_native
-from pact_fast.ops import tree_attention, tree_plan
+from pact_fast.kernels import tree_native  # noqa: E402
+from pact_fast.ops import tree_attention, tree_plan  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -56,7 +58,7 @@ class Geometry:
         return f"x={self.x} h={self.h} y={self.y} G={self.group}"
 
     def sequences(self, contexts: str, vocab: int) -> tuple[list[np.ndarray], list[int]]:
-        """Sequences of one prompt, and where their scored part begins; contexts "trace", "both" or "score"."""
+        """Sequences of one prompt, where their scored part begins; contexts "trace", "both" or "score"."""
         draw = np.random.default_rng(0)
         x, h, shown = (draw.integers(0, vocab, n) for n in (self.x, self.h, self.h))
         rollouts = [draw.integers(0, vocab, self.y) for _ in range(self.group)]
@@ -70,12 +72,12 @@ class Geometry:
 
 
 MAIN = Geometry(3000, 2000, 1500, 8) if GPU else Geometry(600, 400, 300, 8)
-SWEEP = (
-    [MAIN, Geometry(3000, 2000, 1500, 16), Geometry(3000, 2000, 1500, 2), Geometry(500, 2000, 6000, 8)]
-    + [Geometry(12000, 2000, 1500, 8)]
+OTHERS = (
+    ((3000, 2000, 1500, 16), (3000, 2000, 1500, 2), (500, 2000, 6000, 8), (12000, 2000, 1500, 8))
     if GPU
-    else [MAIN, Geometry(600, 400, 300, 2), Geometry(100, 100, 600, 8)]
+    else ((600, 400, 300, 2), (100, 100, 600, 8))
 )
+SWEEP = [MAIN, *(Geometry(*lengths) for lengths in OTHERS)]
 
 
 class Rows:
@@ -233,8 +235,8 @@ def make_model() -> Qwen3ForCausalLM:
         }
         heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
     else:
-        sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+        sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     config = Qwen3Config(**sizes, **heads, max_position_embeddings=32768, tie_word_embeddings=True)
     with torch.device(DEVICE):
         return Qwen3ForCausalLM(config).to(DTYPE)
@@ -341,7 +343,8 @@ def check_equal(runs) -> None:
     for name in names[:-1]:
         for key, value in runs[name]().items():
             error = ((value.float() - want[key]).norm() / want[key].norm()).item()
-            if not error < (5e-2 if GPU else 1e-4):
+            # bf16 noise of 28 layers on a gradient; a wrong mask is off by its own size
+            if not error < ((0.15 if key == "grad" else 2e-2) if GPU else 1e-4):
                 raise RuntimeError(f"{name}: {key} differs from {names[-1]} by {error:.1e}")
 
 
@@ -379,7 +382,7 @@ def bench_model(seconds: float) -> list[dict[str, object]]:
 
 def measure_model(rows: Rows, op: str, shape: str, runs, seconds: float, flops: float) -> None:
     check_equal(runs)
-    samples = times(runs, DEVICE, seconds)
+    samples = times(runs, DEVICE, seconds) if GPU else cpu_times(rows, op, shape, runs, seconds)
     ours = statistics.median(samples["pact_fast/tree"])
     for name, values in samples.items():
         rows.add(op, name, "whole", shape, "time", "ms", values)
@@ -388,6 +391,26 @@ def measure_model(rows: Rows, op: str, shape: str, runs, seconds: float, flops: 
             used = [flops / (ms / 1e3) / H100_BF16_FLOPS for ms in values]
             rows.add(op, name, "whole", shape, "useful share of 989 TFLOP/s", "", used)
             rows.add(op, name, "whole", shape, "peak_memory", "GiB", [memory(runs[name])["peak_memory"]])
+
+
+def cpu_times(rows: Rows, op: str, shape: str, runs, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds on the wall, variants in turn. The processor's own time, which other load on the machine
+    does not touch, becomes rows of its own."""
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    used: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    while len(wall["pact_fast/tree"]) < 5 or time.perf_counter() - begin < seconds:
+        for name, run in runs.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            run()
+            used[name].append((time.process_time() - cpu) * 1e3)
+            wall[name].append((time.perf_counter() - start) * 1e3)
+    ours = statistics.median(used["pact_fast/tree"])
+    for name, values in used.items():
+        rows.add(op, name, "whole", shape, "processor time", "ms", values)
+        ratio = [statistics.median(values) / ours]
+        rows.add(op, name, "whole", shape, "speed-up of the tree, processor time", "x", ratio)
+    return wall
 
 
 # ---- packer

@@ -147,6 +147,7 @@ print("equal")
 """
 
 
+@pytest.mark.gpu  # the interpreter cannot run Liger's kernels
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
 def test_liger_kernels_change_nothing_but_speed(name):
     """In a process of its own: Liger replaces the RoPE function of the whole family."""
