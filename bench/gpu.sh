@@ -3,8 +3,9 @@
 #   setup    environment on the machine's own torch and triton, native parts built if nvcc is there
 #   tests    the GPU tests and the kernel tests, compiled instead of interpreted
 #   bench    the ops beside their peers: CSV rows and a plot in bench/results/
+#   tree     attention, training step and scoring pass of token trees (all lengths: python bench/tree.py)
 #   summary  the targets, from those rows, to bench/results/summary.txt
-# Each part has a time limit; together they end within 8 minutes. Peers that are not installed are left out with the
+# Each part has a time limit; together they end within 10 minutes. Peers that are not installed are left out with the
 # reason; wheels of them in $PACT_FAST_WHEELS (a folder) are installed without dependencies.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -32,7 +33,8 @@ part_setup() {
 
 part_tests() {
     timeout "${TESTS_LIMIT:-160}" "$PY" -m pytest -q -x -p no:cacheprovider -m gpu tests || return 1
-    timeout "${KERNEL_TESTS_LIMIT:-70}" "$PY" -m pytest -q -x -p no:cacheprovider tests/ops/test_head_kernels.py
+    timeout "${KERNEL_TESTS_LIMIT:-70}" "$PY" -m pytest -q -x -p no:cacheprovider tests/ops/test_head_kernels.py \
+        tests/tree/test_tree_attention.py
 }
 
 part_bench() {
@@ -42,15 +44,22 @@ part_bench() {
     return $status
 }
 
+part_tree() {
+    local status=0
+    timeout "${TREE_LIMIT:-70}" "$PY" bench/tree.py attention packer --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
+    timeout "${TREE_LIMIT:-130}" "$PY" bench/tree.py model --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
+    return $status
+}
+
 part_summary() {
     "$PY" -m pact_fast.bench_cli --targets | tee bench/results/summary.txt
 }
 
 status=0
-for part in "${@:-setup tests bench summary}"; do
+for part in "${@:-setup tests bench tree summary}"; do
     for name in $part; do
         echo "== $name"
-        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, summary"
+        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, tree, summary"
         if ! "part_$name"; then
             status=1
             echo "gpu.sh: $name failed or ran out of time" >&2
