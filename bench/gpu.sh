@@ -5,7 +5,7 @@
 #   bench    the ops beside their peers: CSV rows and a plot in bench/results/
 #   tree     attention, training step and scoring pass of token trees (all lengths: python bench/tree.py)
 #   summary  the targets, from those rows, to bench/results/summary.txt
-# Each part has a time limit; together they end within 10 minutes. Peers that are not installed are left out with the
+# Each part has a time limit, and so has the whole: 8 minutes ($TOTAL_LIMIT seconds). Peers that are not installed are left out with the
 # reason; wheels of them in $PACT_FAST_WHEELS (a folder) are installed without dependencies.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,14 +16,21 @@ SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
 unset TRITON_INTERPRET
 export TRITON_DEFAULT_FP_FUSION=${TRITON_DEFAULT_FP_FUSION:-1}
 
+# Seconds for a step: its own limit, or what is left of the whole, so that 8 minutes are never passed.
+end=$((SECONDS + ${TOTAL_LIMIT:-470}))
+limit() {
+    local left=$((end - SECONDS))
+    echo $((left < 1 ? 1 : left < $1 ? left : $1))
+}
+
 fail() { echo "gpu.sh: $*" >&2; exit 1; }
 
 part_setup() {
     command -v nvidia-smi >/dev/null && nvidia-smi -L || fail "no GPU is visible (nvidia-smi): run this on a machine with one"
     [ -x "$PY" ] || python3 -m venv --system-site-packages "$VENV" || fail "python3 -m venv failed"
-    timeout 90 "$PY" -m pip install -q --no-index --no-deps --no-build-isolation -e . ||
+    timeout "$(limit 60)" "$PY" -m pip install -q --no-index --no-deps --no-build-isolation -e . ||
         { echo "gpu.sh: no editable install, using the folder as it is" >&2
-          timeout 90 "$PY" setup.py -q build_ext --inplace || echo "gpu.sh: native parts were not built" >&2; }
+          timeout "$(limit 60)" "$PY" setup.py -q build_ext --inplace || echo "gpu.sh: native parts were not built" >&2; }
     if [ -n "${PACT_FAST_WHEELS:-}" ]; then
         "$PY" -m pip install -q --no-index --no-deps "$PACT_FAST_WHEELS"/*.whl || echo "gpu.sh: some wheels failed" >&2
     fi
@@ -32,22 +39,22 @@ part_setup() {
 }
 
 part_tests() {
-    timeout "${TESTS_LIMIT:-160}" "$PY" -m pytest -q -x -p no:cacheprovider -m gpu tests || return 1
-    timeout "${KERNEL_TESTS_LIMIT:-70}" "$PY" -m pytest -q -x -p no:cacheprovider tests/ops/test_head_kernels.py \
+    timeout "$(limit "${TESTS_LIMIT:-110}")" "$PY" -m pytest -q -x -p no:cacheprovider -m gpu tests || return 1
+    timeout "$(limit "${KERNEL_TESTS_LIMIT:-60}")" "$PY" -m pytest -q -x -p no:cacheprovider tests/ops/test_head_kernels.py \
         tests/tree/test_tree_attention.py
 }
 
 part_bench() {
     local status=0
-    timeout "${BENCH_LIMIT:-110}" "$PY" -m pact_fast.bench_cli --shapes main --seconds "$SECONDS_PER_CASE" || status=$?
-    timeout "${BENCH_LIMIT:-90}" "$PY" -m pact_fast.bench_cli --shapes others --seconds "$SECONDS_PER_CASE" || status=$?
+    timeout "$(limit "${BENCH_LIMIT:-90}")" "$PY" -m pact_fast.bench_cli --shapes main --seconds "$SECONDS_PER_CASE" || status=$?
+    timeout "$(limit "${OTHERS_LIMIT:-50}")" "$PY" -m pact_fast.bench_cli --shapes others --seconds "$SECONDS_PER_CASE" || status=$?
     return $status
 }
 
 part_tree() {
     local status=0
-    timeout "${TREE_LIMIT:-70}" "$PY" bench/tree.py attention packer --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
-    timeout "${TREE_LIMIT:-130}" "$PY" bench/tree.py model --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
+    timeout "$(limit "${TREE_LIMIT:-50}")" "$PY" bench/tree.py attention packer --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
+    timeout "$(limit "${TREE_MODEL_LIMIT:-60}")" "$PY" bench/tree.py model --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
     return $status
 }
 
@@ -60,6 +67,7 @@ for part in "${@:-setup tests bench tree summary}"; do
     for name in $part; do
         echo "== $name"
         declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, tree, summary"
+        [ "$name" = setup ] || [ -x "$PY" ] || fail "there is no $PY: run 'bash bench/gpu.sh setup' first"
         if ! "part_$name"; then
             status=1
             echo "gpu.sh: $name failed or ran out of time" >&2

@@ -105,6 +105,8 @@ def best(rows: list[Row], op: str, mode: str, provider: str, metric: str) -> flo
 
 def print_targets(rows: list[Row]) -> None:
     """Per shape: each target's ratio, and whether it is met. Nothing is claimed where a row is missing."""
+    ops = {op for _, (op, _, _), _, _ in TARGETS}
+    rows = [row for row in rows if row["op"] in ops]
     for shape in dict.fromkeys(r["shape"] for r in rows):
         here = [r for r in rows if r["shape"] == shape]
         print(f"\n{shape} ({here[0]['gpu']}, torch {here[0]['torch']}, triton {here[0]['triton']})")

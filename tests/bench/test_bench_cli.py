@@ -62,6 +62,7 @@ def test_an_install_without_the_repository_says_so(monkeypatch, tmp_path):
         bench_cli.main([])
 
 
+@pytest.mark.timeout(900)
 def test_no_kernel_spills_registers():
     """The resource report of the default configurations, in a process without the interpreter."""
     pytest.importorskip("triton")
@@ -70,7 +71,7 @@ def test_no_kernel_spills_registers():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=880,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
