@@ -251,7 +251,7 @@ def _call_op(
         epsilon_low=objective.epsilon,
         epsilon_high=objective.epsilon if objective.epsilon_high is None else objective.epsilon_high,
         dual_clip=objective.dual_clip,
-        entropy_coef=objective.entropy_coef,
+        entropy_coef=objective.entropy_coef if "policy_weight" in rows else 0.0,
         bias=head.bias,
         softcap=head.softcap,
         temperature=temperature,

@@ -277,6 +277,13 @@ def verify(path: Path) -> str | None:
     return None
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    beside = path.with_name(f".{path.name}.tmp")
+    _write_synced(beside, json.dumps(value, indent=1))
+    beside.replace(path)
+
+
 def _collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {f"model/{name}": tensor.detach() for name, tensor in _model_tensors(model).items()}
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}

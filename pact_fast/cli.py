@@ -15,6 +15,7 @@ MODULES = {
     "eval": ("pact_fast.eval_cli", "score a model on an environment"),
     "compare": ("pact_fast.compare", "run presets x seeds x settings: one table, one plot"),
     "report": ("pact_fast.report", "write report.html of a run folder"),
+    "export": ("pact_fast.export", "a run's weights as a plain Hugging Face folder"),
     "doctor": ("pact_fast.doctor", "what this machine has, and what each lack costs"),
     "bench": ("pact_fast.bench_cli", "microbenchmarks of the ops beside their peers"),
     "data": ("pact_fast.data.check", "check and show records of a data file"),
@@ -54,18 +55,23 @@ def _guarded(run: Callable[[list[str]], int], words: list[str]) -> int:
 
 
 def train(words: list[str]) -> int:
-    """pact-fast train CONFIG [--section.field value ...]"""
+    """pact-fast train CONFIG [--resume] [--section.field value ...]"""
     if not words or words[0] in ("-h", "--help"):
         config_parser().print_help()
         return 0
+    words = ["--checkpoint.resume=true" if word == "--resume" else word for word in words]
     path = None if words[0].startswith("--") else words[0]
     config = load_config(path, words if path is None else words[1:])
+    from pact_fast.preemption import Preempted
     from pact_fast.report import final_table, write_report
     from pact_fast.trainer import Trainer, TrainingStopped
 
     trainer = Trainer(config)
     try:
         summary = trainer.train()
+    except Preempted:
+        print(f"stopped by SIGTERM and saved in {trainer.run_dir / 'checkpoints'}; go on with --resume")
+        return 0
     except TrainingStopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return 1

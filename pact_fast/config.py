@@ -140,6 +140,17 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints (0: only at SIGTERM). keep_last: how many of the newest
+    stay; the one with the best validation score stays besides. resume: go on from the newest, if any."""
+
+    every: int = 50
+    keep_last: int = 2
+    asynchronous: bool = True
+    resume: bool = False
+
+
+@dataclass(frozen=True)
 class RunConfig:
     name: str = "toolbox-pact"
     dir: str = "runs"
@@ -159,6 +170,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_dict(self) -> dict[str, Any]:
@@ -334,11 +346,28 @@ def _check_values(config: Config, source: str) -> None:
         (t.token_budget >= 1, "train.token_budget", t.token_budget, "at least 1"),
         (r.num_generations >= 1, "rollout.num_generations", r.num_generations, "at least 1"),
         (r.temperature > 0, "rollout.temperature", r.temperature, "above 0 (greedy rollouts have no spread)"),
+        (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", config.checkpoint.keep_last, "at least 1"),
         (r.max_turns >= 1, "rollout.max_turns", r.max_turns, "at least 1"),
     ]
     for good, key, value, want in checks:
         if not good:
             raise ConfigError(f"{source}: {key}={value!r} cannot be used: give {want}")
+
+
+def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two configurations (`Config.to_dict()`) and change what is trained."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for section, value in now.items():
+        before = then.get(section)
+        if section == "run":
+            value, before = ({"seed": run["seed"]} for run in (value, before or {"seed": None}))
+        if section in ("checkpoint", "eval") or value == before:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            changed |= {f"{section}.{k}": (before.get(k), v) for k, v in value.items() if v != before.get(k)}
+        else:
+            changed[section] = (before, value)
+    return changed
 
 
 def exit_with_error(error: ConfigError) -> None:

@@ -5,7 +5,6 @@ Left out on purpose: anything about how a model shards, what a tool does, or how
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -14,22 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast import objective as obj
 from pact_fast.batch import Sample, SampleBuilder, needed, pack_losses, trim
-from pact_fast.config import Config
+from pact_fast.build import build_model, build_optimizer, device_of, learning_rate
+from pact_fast.checkpoint import Checkpointer, write_json
+from pact_fast.config import Config, changed_keys
 from pact_fast.data.chat import ChatFormat
 from pact_fast.data.records import Record
 from pact_fast.envs.base import make_env
 from pact_fast.evaluate import eval_row, evaluate, transcript
 from pact_fast.gauges import score_rollouts
 from pact_fast.metrics import MetricsLogger, ProgressDisplay
-from pact_fast.models import base_model_path
 from pact_fast.policy import Policy
+from pact_fast.preemption import Preempted, StopSignal
 from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
 from pact_fast.step_metrics import Update, pack_metrics, rollout_metrics, update_metrics
 from pact_fast.tasks import batch_records, load_split
+
+COUNTERS = ("skipped_steps", "skipped_in_a_row", "tokens_trained")
 
 
 class TrainingStopped(RuntimeError):
@@ -48,13 +50,10 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)
-        self.device = _device(config.run.device)
+        self.device = device_of(config.run.device)
         self.run_dir = Path(config.run.dir) / config.run.name
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = base_model_path() if config.model.path == "toolbox-base" else config.model.path
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.model.dtype))
-        self.model = model.to(self.device)
+        self.model, self.tokenizer = build_model(config.model, self.device)
         self.policy = Policy(
             self.model,
             attention=config.model.attention,
@@ -72,11 +71,13 @@ class Trainer:
         self.limits = RolloutLimits(
             config.rollout.max_turns, config.rollout.max_completion_length, config.rollout.max_turn_length
         )
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, config.train.weight_decay),
-            lr=config.train.learning_rate,
-            betas=(config.train.adam_beta1, config.train.adam_beta2),
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.checkpoints = Checkpointer(
+            self.run_dir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
         )
+        self.stop = StopSignal()
         self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = 0
 
     # -- one step ----------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ class Trainer:
         records = batch_records(self.records, step, config.train.prompts_per_step, config.run.seed)
         rl = o.rl_context != "none" and progress >= o.rl_start
         strength = self._sft_strength(progress)
-        rollouts = self.rollout(records, step) if rl else []
+        with self.stop.interruptible():
+            rollouts = self.rollout(records, step) if rl else []
         row, rolled = rollout_metrics(rollouts, config.rollout.num_generations), time.perf_counter()
         row["time/rollout"] = rolled - begin
         anchored = self._anchored(records, step)
@@ -223,7 +225,8 @@ class Trainer:
         """One optimizer update. A non-finite loss or gradient leaves the weights as they are."""
         config = self.config
         self.model.train()
-        self._set_learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.train, step)
         self.optimizer.zero_grad(set_to_none=True)
         losses, bad = [], []
         for pack in pack_losses(
@@ -260,17 +263,6 @@ class Trainer:
                 "train.learning_rate or check those records"
             )
 
-    def _set_learning_rate(self, step: int) -> None:
-        t = self.config.train
-        factor = 1.0
-        if step < t.warmup_steps:
-            factor = (step + 1) / t.warmup_steps
-        elif t.lr_scheduler_type != "constant":
-            done = (step - t.warmup_steps) / max(t.max_steps - t.warmup_steps, 1)
-            factor = 1 - done if t.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        for group in self.optimizer.param_groups:
-            group["lr"] = t.learning_rate * factor
-
     def _check_first_update(self, update: Update) -> None:
         """The ratio is 1 on the first update after a rollout; anything else means two passes that
         disagree."""
@@ -287,32 +279,62 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds."""
         config = self.config
-        (self.run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+        write_json(self.run_dir / "config.json", config.to_dict())
         summary: dict[str, Any] = {
             "preset": config.preset,
             "seed": config.run.seed,
             "config": config.to_dict(),
         }
-        if config.eval.score_base:
-            summary["base"], _ = self.final_scores()
-        with MetricsLogger(self.run_dir) as logger, ProgressDisplay(config.train.max_steps) as progress:
+        start, base = self.resume() if config.checkpoint.resume else (0, None)
+        if base or (config.eval.score_base and start == 0):
+            summary["base"] = base or self.final_scores()[0]
+        logger = MetricsLogger(self.run_dir, resume_step=start - 1 if start else None)
+        with logger, ProgressDisplay(config.train.max_steps, start_step=start) as progress, self.stop:
+            step = start
             try:
-                for step in range(config.train.max_steps):
+                for step in range(start, config.train.max_steps):
                     row = logger.log(step, self.train_step(step))
                     progress.update(step + 1, row)
+                    score = None
                     if config.eval.every and (step + 1) % config.eval.every == 0:
                         scores = self.evaluate("validation", config.eval.validation_tasks)[0]
                         logger.log(step, eval_row(scores, "validation", 1.0))
                         progress.message(f"step {step + 1}: validation solved {scores['solved']:.3f}")
+                        score = scores["solved"]
+                    if config.checkpoint.every and (step + 1) % config.checkpoint.every == 0:
+                        self.checkpoint(step + 1, summary.get("base"), score)
+                    if self.stop.requested:
+                        step += 1
+                        raise Preempted
+            except Preempted:
+                self.checkpoint(step, summary.get("base"), wait=True)
+                raise
             finally:
                 self.save()
             summary["final"], shown = self.final_scores()
             for split, temperatures in summary["final"].items():
                 for mode, scores in temperatures.items():
-                    logger.log(config.train.max_steps - 1, eval_row(scores, split, float(mode == "sampled")))
-        (self.run_dir / "transcript.json").write_text(json.dumps(transcript(shown, self.chat), indent=1))
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+                    logger.log(config.train.max_steps, eval_row(scores, split, float(mode == "sampled")))
+        write_json(self.run_dir / "transcript.json", transcript(shown, self.chat))
+        write_json(self.run_dir / "summary.json", summary)
         return summary
+
+    def checkpoint(self, step: int, base: Any, score: float | None = None, *, wait: bool = False) -> None:
+        """Saves what later steps depend on; data order, anchors and annealing are functions of the step."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        state = {"counters": counters, "base": base, "config": self.config.to_dict()}
+        self.checkpoints.save(step, self.model, self.optimizer, state, score=score, wait=wait)
+
+    def resume(self) -> tuple[int, Any]:
+        """Puts the newest whole checkpoint back -> (steps done, base scores); (0, None) without one."""
+        path = self.checkpoints.latest()
+        if path is None:
+            return 0, None
+        record = self.checkpoints.load(path, self.model, self.optimizer)
+        vars(self).update(record["state"]["counters"])
+        for key, (then, now) in changed_keys(record["state"]["config"], self.config.to_dict()).items():
+            print(f"resumed with another {key}: {now!r}, the checkpoint's is {then!r}")
+        return record["step"], record["state"]["base"]
 
     def save(self) -> None:
         """Writes the policy as a plain Hugging Face folder."""
@@ -348,18 +370,3 @@ class Trainer:
             greedy, shown = self.evaluate(split, tasks, temperature=0.0)
             scores[split] = {"sampled": sampled, "greedy": greedy}
         return scores, max(shown, key=lambda r: len(r.turn_rewards) if r.outcome and r.outcome.solved else 0)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]

@@ -1,0 +1,49 @@
+"""What a run is built from: the policy's model and tokenizer, its optimizer, the learning rate of a step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pact_fast.config import ModelConfig, TrainConfig
+from pact_fast.models import base_model_path
+
+
+def device_of(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def build_model(config: ModelConfig, device: torch.device) -> tuple[Any, Any]:
+    """The causal LM on its device, and its tokenizer."""
+    path = base_model_path() if config.path == "toolbox-base" else config.path
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    return model.to(device), AutoTokenizer.from_pretrained(path)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step 0, 1, ...: linear warm-up, then constant, or down to 0 at max_steps."""
+    factor = 1.0
+    if step < config.warmup_steps:
+        factor = (step + 1) / config.warmup_steps
+    elif config.lr_scheduler_type != "constant":
+        done = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
+        factor = 1 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * factor
