@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -81,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen is None:
             console.print(f"error: no record with id {arguments.record!r}", style="red", markup=False)
             return 2
-        console.print(f"\n[bold]record {chosen.record.id}[/] as the model sees it ({chosen.record.source})")
+        name, source = escape(chosen.record.id), escape(chosen.record.source)
+        console.print(f"\n[bold]record {name}[/] as the model sees it ({source})")
         console.print(legend())
         console.print(coloured(chat, chosen.prompt + chosen.trace))
         if arguments.html:

@@ -1,7 +1,7 @@
 """A real small model: SmolLM2-135M-Instruct. It takes minutes and 3 GB, so it runs where a folder is named:
 
-    python scripts/smollm2.py .cache/smollm2
-    PACT_FAST_SMOLLM2=.cache/smollm2 pytest tests/data/test_smollm2.py
+python scripts/smollm2.py .cache/smollm2
+PACT_FAST_SMOLLM2=.cache/smollm2 pytest tests/data/test_smollm2.py
 """
 
 import os
