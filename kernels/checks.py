@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 
+def checked(values: Tensor) -> bool:
+    return values.device.type == "cpu" or os.environ.get("PACT_FAST_DEBUG") == "1"
+
+
 def require(good: Tensor, message: str) -> None:
-    """`good` must hold everywhere: ValueError on CPU, a device-side assert in debug mode elsewhere."""
-    if good.device.type == "cpu":
-        if not bool(good.all()):
-            raise ValueError(message)
-    elif os.environ.get("PACT_FAST_DEBUG") == "1":
+    """`good` must hold everywhere: ValueError on CPU, a device-side assert elsewhere."""
+    if good.device.type != "cpu":
         torch._assert_async(good.all(), message)
+    elif not bool(good.all()):
+        raise ValueError(message)
 
 
 def require_indices(name: str, index: Tensor, size: int, live: Tensor | None = None) -> None:
+    if not checked(index):
+        return
     good = (index >= 0) & (index < size)
     where = ""
     if live is not None:
@@ -27,7 +32,7 @@ def require_indices(name: str, index: Tensor, size: int, live: Tensor | None = N
 
 
 def require_weights(name: str, weights: Tensor | None) -> None:
-    if weights is not None:
+    if weights is not None and checked(weights):
         good = (weights >= 0) & (weights < float("inf"))  # False for NaN
         worst = ""
         if weights.device.type == "cpu" and not bool(good.all()):

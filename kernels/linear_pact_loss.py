@@ -51,8 +51,11 @@ def fused_forward(
     """
     kept = None
     if row_index is None and not capturing(hidden):
-        kept = row_index = terms.live().nonzero().squeeze(1)
-        target, terms = target[kept], terms.select(kept)
+        kept = terms.live().nonzero().squeeze(1)
+        if kept.numel() == target.shape[0]:
+            kept = None
+        else:
+            row_index, target, terms = kept, target[kept], terms.select(kept)
     rows, vocab = target.shape[0], weight.shape[0]
     logprobs = hidden.new_empty(rows, dtype=torch.float32)
     parts = hidden.new_empty(5, rows, dtype=torch.float32)
@@ -82,7 +85,7 @@ def fused_forward(
         )
         grads.add(chunk, x, logits)
     del buffer
-    if kept is not None and rows < hidden.shape[0]:
+    if kept is not None:
         logprobs = logprobs.new_zeros(hidden.shape[0]).index_copy_(0, kept, logprobs)
     return parts.sum(1), logprobs, grads.result(row_index)
 
