@@ -79,14 +79,7 @@ class TreePack:
                 raise ValueError(
                     f"{name} must be [{self.num_tokens}] {dtype}, got {list(tensor.shape)} {tensor.dtype}"
                 )
-        depth = tree_depth(end)
-        position = self.position_ids.cpu().numpy()
-        if (wrong := np.flatnonzero(depth != position)).size:
-            i = int(wrong[0])
-            raise ValueError(
-                f"position_ids[{i}] = {position[i]}, but token {i} has depth {depth[i]}: in a token tree the "
-                "position is the depth; build the pack with pack_tree"
-            )
+        depth = self.check_positions()
         parent = parent_index(end, depth)
         for s, index in enumerate(self.token_index):
             path = index.cpu().numpy()
@@ -95,6 +88,18 @@ class TreePack:
             before = np.concatenate(([-1], path[:-1])) if path.size else path
             if (parent[path] != before).any():
                 raise ValueError(f"token_index[{s}] is not a path from a root of the tree")
+
+    def check_positions(self) -> np.ndarray:
+        """Depth of every token [T]; ValueError unless `subtree_end` is a tree and positions equal depths."""
+        depth = tree_depth(self.subtree_end.cpu().numpy())
+        position = self.position_ids.cpu().numpy()
+        if (wrong := np.flatnonzero(depth != position)).size:
+            i = int(wrong[0])
+            raise ValueError(
+                f"position_ids[{i}] = {position[i]}, but token {i} has depth {depth[i]}: in a token tree the "
+                "position is the depth; build the pack with pack_tree"
+            )
+        return depth
 
 
 def _as_array(sequence, s: int) -> np.ndarray:

@@ -58,6 +58,7 @@ def _pact_tree_attention(
     ):
         raise ValueError(f"{type(module).__name__}: tree attention does not support {', '.join(names)}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    pact_tree.layers += 1
     layer: Any = module.layer_idx
     k, v = pact_tree.extend(layer, k, v)
     plan = pact_tree.plan(sliding_window)
@@ -88,6 +89,7 @@ class _TreeCall:
         self.cache = cache
         self.keep = keep
         self.path = path
+        self.layers = 0  # layers that have called our attention
         self._plans: dict[int | None, Any] = {}
 
     def plan(self, window: int | None):
@@ -115,12 +117,12 @@ class Policy:
         attention: implementation of `ops.tree_attention`: "auto", "torch", ...
         gradient_checkpointing: recompute every decoder layer in the backward instead of keeping its
             activations.
-
         liger: replace RMSNorm, RoPE and SwiGLU by Liger's Triton kernels (package liger-kernel). This changes
             the model itself, and RoPE for every model of its family in the process, as Liger does it.
 
-    ValueError names what a tree cannot go through: other families, recurrent or linear-attention layers,
-    attention sinks, RoPE that depends on the sequence's length, attention dropout in training.
+    RuntimeError if a layer turns out not to run our attention. ValueError names what a tree cannot go
+    through: other families, recurrent or linear-attention layers, attention sinks, RoPE that depends on the
+    sequence's length, attention dropout in training.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class Policy:
         """
         if pack.num_tokens == 0:
             return self.head.weight.new_zeros(0, self._causal.config.hidden_size)
+        pack.check_positions()
         pack = pack.to(self.device)
         call = _TreeCall(pack.subtree_end, self.attention)
         return self._forward(pack.input_ids, pack.position_ids, call)
@@ -178,6 +181,11 @@ class Policy:
                 use_cache=False,
                 pact_tree=call,
             )
+        if call.layers != config.num_hidden_layers:
+            raise RuntimeError(
+                f"{call.layers} of {config.num_hidden_layers} layers ran the tree attention: another one "
+                "would read the tree as something else; remove what replaces the model's attention"
+            )
         return out.last_hidden_state[0]
 
     @torch.no_grad()
@@ -188,6 +196,7 @@ class Policy:
         above [depth of first, H], those of the ancestors of token `first`. In pre-order a chunk needs no
         other earlier token, so beside one chunk's activations only the keys and values of one path are kept.
         """
+        pack.check_positions()
         pack = pack.to(self.device)
         end = pack.subtree_end
         total = pack.num_tokens

@@ -47,17 +47,14 @@ def lost_ancestor(monkeypatch):
 
 
 def position_off_by_one(monkeypatch):
-    hidden = Policy.hidden
+    forward = Policy._forward
 
-    def shifted(self, pack):
-        branch = pack.token_index[-1][
-            -10:
-        ]  # of the last rollout only: RoPE is blind to a shift of everything
-        position = pack.position_ids.clone()
-        position[branch] += 1
-        return hidden(self, TreePack(pack.input_ids, position, pack.subtree_end, pack.token_index))
+    def shifted(self, input_ids, position_ids, call):
+        position = position_ids.clone()
+        position[-10:] += 1  # of the last rollout only: RoPE is blind to a shift of everything
+        return forward(self, input_ids, position, call)
 
-    monkeypatch.setattr(Policy, "hidden", shifted)
+    monkeypatch.setattr(Policy, "_forward", shifted)
 
 
 def first_token_predicted_from_the_packed_neighbour(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig
 
-from pact_fast.packing import pack_linear, pack_tree
+from pact_fast.packing import TreePack, pack_linear, pack_tree
 from pact_fast.policy import ATTENTION, Policy, _check_model
 from tests.tree.conftest import pact_sequences, random_sequences, tiny_model
 
@@ -118,6 +118,30 @@ def test_our_attention_refuses_to_run_without_a_pack():
     model.config._attn_implementation = ATTENTION
     with pytest.raises(RuntimeError, match="TreePack"):
         model(torch.tensor([[1, 2, 3]]))
+
+
+def test_positions_that_are_not_depths_are_refused():
+    pack = pack_tree([[1, 2, 3], [1, 2, 4]])
+    flat = TreePack(pack.input_ids, torch.arange(4), pack.subtree_end, pack.token_index)
+    with pytest.raises(ValueError, match=r"position_ids\[3\] = 3, but token 3 has depth 2"):
+        Policy(tiny_model("qwen3")).hidden(flat)
+
+
+def test_a_layer_that_runs_another_attention_is_an_error(monkeypatch):
+    model = tiny_model("qwen3")
+    attention = model.model.layers[1].self_attn
+    original = attention.forward
+
+    def elsewhere(*args, **kwargs):
+        attention.config._attn_implementation = "sdpa"
+        try:
+            return original(*args, **kwargs)
+        finally:
+            attention.config._attn_implementation = ATTENTION
+
+    monkeypatch.setattr(attention, "forward", elsewhere)
+    with pytest.raises(RuntimeError, match="1 of 2 layers ran the tree attention"):
+        Policy(model).hidden(pack_tree([[1, 2, 3], [1, 2, 4]]))
 
 
 def test_attention_dropout_in_training_is_refused():
