@@ -262,7 +262,7 @@ def test_a_whole_run_leaves_its_folder(make_trainer):
     trainer = make_trainer(train__max_steps=2, eval__every=1)
     summary = trainer.train()
     rows = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert {r["step"] for r in rows} == {0, 1}
+    assert {r["step"] for r in rows} == {0, 1, 2}
     scores = [r["eval/solved"] for r in rows if "eval/solved" in r]
     assert len(scores) == 2 + 4
     assert all(0 <= s <= 1 for s in scores)
