@@ -2,8 +2,7 @@
 //
 // cluster_kernel, sm_90 and newer: a thread-block cluster holds one row of logits in distributed shared memory, so the
 // row is read from HBM once and its gradient written once. Each block bulk-copies its slice, reduces it, and meets the
-// others at one cluster barrier. At V = 151,936 in bf16: 4 blocks of 512 threads, 74 KB each, three blocks a
-// multiprocessor.
+// others at one cluster barrier. V = 151,936 in bf16: 4 blocks of 512 threads and 74 KB, three a multiprocessor.
 // two_pass_kernel, everywhere else: one block a row, the row read twice.
 // host_rows runs the same device functions thread by thread on the CPU; the tests call it where there is no GPU.
 
@@ -220,27 +219,23 @@ HD void zero_slice(T* out, int count, int thread, int threads) {
   for (int i = thread; i < count / VEC; i += threads) reinterpret_cast<Pack<T, VEC>*>(out)[i] = zero;
 }
 
-// Statistics of a block, valid in warp 0.
-__device__ Stats reduce_block(Stats s, Stats* warps) {
-  for (int lane = 16; lane; lane >>= 1) {
+__device__ Stats merge_lanes(Stats s, int lanes) {
+  for (int lane = lanes / 2; lane; lane >>= 1) {
     Stats other;
     other.top = __shfl_xor_sync(~0u, s.top, lane);
     other.sum = __shfl_xor_sync(~0u, s.sum, lane);
     other.moment = __shfl_xor_sync(~0u, s.moment, lane);
     s = merge(s, other);
   }
+  return s;
+}
+
+// Statistics of a block, valid in warp 0.
+__device__ Stats reduce_block(Stats s, Stats* warps) {
+  s = merge_lanes(s, 32);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
   __syncthreads();
-  if (threadIdx.x < 32) {
-    s = warps[threadIdx.x % kWarps];
-    for (int lane = kWarps / 2; lane; lane >>= 1) {
-      Stats other;
-      other.top = __shfl_xor_sync(~0u, s.top, lane);
-      other.sum = __shfl_xor_sync(~0u, s.sum, lane);
-      other.moment = __shfl_xor_sync(~0u, s.moment, lane);
-      s = merge(s, other);
-    }
-  }
+  if (threadIdx.x < 32) s = merge_lanes(warps[threadIdx.x % kWarps], kWarps);
   return s;
 }
 
@@ -379,15 +374,9 @@ cudaError_t launch(const RowArgs& a, bool allow_cluster, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = blocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(a.rows * blocks));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    attribute.val.clusterDim = {unsigned(blocks), 1, 1};
+    const dim3 grid(unsigned(a.rows * blocks));
+    const cudaLaunchConfig_t config = {grid, dim3(kThreads), bytes, stream, &attribute, 1};
     return cudaLaunchKernelEx(&config, cluster_kernel<T, PLAIN>, a);
   }
   const dim3 grid = dim3(unsigned(a.rows));
