@@ -235,8 +235,8 @@ def make_model() -> Qwen3ForCausalLM:
         }
         heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
     else:
-        sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = Qwen3Config(**sizes, **heads, max_position_embeddings=32768, tie_word_embeddings=True)
     with torch.device(DEVICE):
         return Qwen3ForCausalLM(config).to(DTYPE)

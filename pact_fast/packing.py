@@ -244,7 +244,8 @@ def pack_tree(sequences: Sequence[Sequence[int] | torch.Tensor], *, impl: str = 
     else:
         *fields, indices = _pack_numpy(arrays)
         token_index = tuple(torch.from_numpy(index) for index in indices)
-    return TreePack(*map(torch.from_numpy, fields), token_index=tuple(token_index) if arrays else ())
+    input_ids, position_ids, subtree_end = map(torch.from_numpy, fields)
+    return TreePack(input_ids, position_ids, subtree_end, tuple(token_index) if arrays else ())
 
 
 def pack_linear(sequences: Sequence[Sequence[int] | torch.Tensor]) -> TreePack:
