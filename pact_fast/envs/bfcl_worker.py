@@ -28,7 +28,7 @@ def instances(task):
     return made
 
 
-PUBLIC = {}  # class -> names of its public methods; the official runner, too, offers every public method
+PUBLIC: dict = {}  # class -> names of its public methods; the official runner, too, offers every public method
 
 
 def methods(made):
