@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from pact_fast.config import ObjectiveConfig
 from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
+from pact_fast.distributed import Sharded
 from pact_fast.objective import SFTStrength, policy_token_weight, sft_token_strengths
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.packing import TreePack, pack_linear, pack_tree, plan_packs
@@ -180,6 +182,7 @@ def pack_losses(
     packing: str = "tree",
     temperature: float = 1.0,
     impl: str = "auto",
+    sharded: Sharded | None = None,
 ) -> Iterator[PackLoss]:
     """Yields the loss of one pack after another; call backward on each before taking the next.
 
@@ -189,23 +192,49 @@ def pack_losses(
         token_budget: packed tokens a forward may hold.
         packing: "tree" shares prefixes, "none" lays every sequence out alone.
         temperature: of the rollouts; traces are always scored at 1.
+        sharded: with several ranks each takes its share of the packs, equally many: where they do not go
+            round, a rank gets an empty one, whose loss and gradient are exactly zero.
     """
     tree = packing == "tree"
     plan = plan_packs(
         [s.ids for s in samples], token_budget, groups=[s.record_id for s in samples], share=tree
     )
-    for indices in plan:
+    if sharded is not None:
+        plan = sharded.world.even(plan, [])
+    for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
-        pack = (pack_tree if tree else pack_linear)([s.ids for s in chosen]).to(policy.device)
-        hidden = policy.hidden(pack)
+        ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
+        pack = (pack_tree if tree else pack_linear)(ids).to(policy.device)
         outputs: dict[bool, PactLossOutput | None] = {}
-        for is_policy in (True, False):
-            rows = _loss_rows(pack, chosen, is_policy, policy.device)
-            scale = temperature if is_policy else 1.0
-            outputs[is_policy] = _call_op(policy, hidden, rows, objective, scale, impl) if rows else None
-        losses = [o.loss for o in outputs.values() if o is not None]
-        total = torch.stack(losses).sum() if losses else hidden.sum() * 0.0
+        compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
+        if sharded is None:
+            total = compute()
+        else:
+            sharded.sync_gradients(number == len(plan) - 1)
+            total = sharded.run(compute)
         yield PackLoss(total, chosen, outputs[True], outputs[False], pack.num_tokens)
+
+
+def _pack_loss(
+    policy: Policy,
+    pack: TreePack,
+    samples: Sequence[Sample],
+    objective: ObjectiveConfig,
+    temperature: float,
+    impl: str,
+    outputs: dict[bool, PactLossOutput | None],
+) -> Tensor:
+    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`."""
+    hidden = policy.hidden(pack)
+    for is_policy in (True, False):
+        rows = _loss_rows(pack, samples, is_policy, policy.device) if samples else None
+        scale = temperature if is_policy else 1.0
+        outputs[is_policy] = _call_op(policy, hidden, rows, objective, scale, impl) if rows else None
+    losses = [o.loss for o in outputs.values() if o is not None]
+    if losses:
+        return torch.stack(losses).sum()
+    # Ranks must exchange the same gradients: the head's is there too, as zeros.
+    return hidden.sum() * 0.0 + sum(t.sum() * 0.0 for t in policy.head[:2] if t is not None)
 
 
 def _loss_rows(

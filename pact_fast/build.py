@@ -9,22 +9,45 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pact_fast.config import ModelConfig, TrainConfig
+from pact_fast.config import ConfigError, DistributedConfig, LoraConfig, ModelConfig, TrainConfig
+from pact_fast.distributed import Sharded, World
 from pact_fast.models import base_model_path
 
 
-def device_of(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one."""
+def device_of(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this rank; "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
 
 
-def build_model(config: ModelConfig, device: torch.device) -> tuple[Any, Any]:
-    """The causal LM on its device, and its tokenizer."""
+def build_model(config: ModelConfig, lora: LoraConfig, device: torch.device) -> tuple[Any, Any]:
+    """The causal LM on its device, with adapters where asked, and its tokenizer."""
     path = base_model_path() if config.path == "toolbox-base" else config.path
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    if lora.rank:
+        model = _with_adapters(model, lora)
     return model.to(device), AutoTokenizer.from_pretrained(path)
+
+
+def _with_adapters(model: Any, lora: LoraConfig) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"lora.rank={lora.rank} needs `pip install peft`") from error
+    # "all-linear" leaves the head out: it stays frozen, and no gradient of [V, H] is ever made.
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def build_sharded(model: nn.Module, world: World, config: DistributedConfig) -> Sharded:
+    """The model over the ranks of `world`; ConfigError for an option that needs more than one process."""
+    if world.size == 1 and config != DistributedConfig():
+        raise ConfigError(f"{config}: options of several processes; start the run with torchrun")
+    dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else None
+    return Sharded(model, world, param_dtype=dtype, cpu_offload=config.cpu_offload)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

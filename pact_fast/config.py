@@ -37,6 +37,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on every linear layer but the head, through peft; the rest is frozen. rank 0: none."""
+
+    rank: int = 0
+    alpha: int = 32
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """The environment and its own settings (checked by the environment).
 
@@ -54,6 +62,9 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """row_seeds: draw each rollout from a seed of its own, as several ranks always do: one process then
+    samples what the same run samples on many."""
+
     num_generations: int = 8
     temperature: float = 1.0
     max_turns: int = 10
@@ -61,6 +72,7 @@ class RolloutConfig:
     max_turn_length: int = 128
     max_prompt_length: int = 1024
     batch_size: int = 256
+    row_seeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Under torchrun. compute_dtype: of weights and activations in the forward (None: model.dtype); master
+    weights, gradient sums and optimizer keep model.dtype. cpu_offload: these three live in host memory."""
+
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
 class RunConfig:
     name: str = "toolbox-pact"
     dir: str = "runs"
@@ -165,12 +186,14 @@ class Config:
 
     preset: str = "pact"
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_dict(self) -> dict[str, Any]:
@@ -346,6 +369,7 @@ def _check_values(config: Config, source: str) -> None:
         (t.token_budget >= 1, "train.token_budget", t.token_budget, "at least 1"),
         (r.num_generations >= 1, "rollout.num_generations", r.num_generations, "at least 1"),
         (r.temperature > 0, "rollout.temperature", r.temperature, "above 0 (greedy rollouts have no spread)"),
+        (config.lora.rank >= 0, "lora.rank", config.lora.rank, "a rank, or 0 for full training"),
         (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", config.checkpoint.keep_last, "at least 1"),
         (r.max_turns >= 1, "rollout.max_turns", r.max_turns, "at least 1"),
     ]
@@ -361,7 +385,7 @@ def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[A
         before = then.get(section)
         if section == "run":
             value, before = ({"seed": run["seed"]} for run in (value, before or {"seed": None}))
-        if section in ("checkpoint", "eval") or value == before:
+        if section in ("checkpoint", "distributed", "eval") or value == before:
             continue
         if isinstance(value, dict) and isinstance(before, dict):
             changed |= {f"{section}.{k}": (before.get(k), v) for k, v in value.items() if v != before.get(k)}

@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
+from pact_fast.distributed import Sharded, World
 from pact_fast.envs.base import FAILURE_KINDS, ToolEnv
-from pact_fast.rollout import Engine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.rollout import Engine, Rollout, RolloutLimits, spread_rollouts
 from pact_fast.stats import evaluation_block
 
 
@@ -25,23 +28,27 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     batch_size: int = 256,
+    sharded: Sharded | None = None,
+    row_seeds: bool = False,
 ) -> tuple[dict[str, Any], list[Rollout]]:
-    """Scores every record `samples` times.
+    """Scores every record `samples` times; with `sharded`, a share of the records on each rank.
 
     Returns:
         A summary (`stats.evaluation_block`, and "failures": share of rollouts by kind) and the rollouts.
     """
-    rollouts = collect_rollouts(
+    rollouts = spread_rollouts(
+        sharded or Sharded(nn.Module(), World()),
         engine,
         env,
         chat,
         records,
         num_generations=samples,
-        prompts=prompts,
+        prompts=prompts if prompts is not None else [chat.prompt(r.prompt, r.tools) for r in records],
         limits=limits,
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
+        row_seeds=row_seeds,
     )
     outcomes = [r.outcome for r in rollouts if r.outcome is not None]
 

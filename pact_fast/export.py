@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,8 +19,8 @@ def export(run_dir: str | Path, out: str | Path, *, which: str = "last") -> Path
     """Writes model, tokenizer and generation settings of a run's checkpoint to `out` and returns it.
 
     which: "last", "best" (by validation score) or a step number.
-    The weights come from run_dir/checkpoints, into the model that run_dir/config.json names. `out` must not
-    exist: it is written beside and renamed, so a folder that is there is whole.
+    The weights come from run_dir/checkpoints, into the model named in its config.json; adapters are merged.
+    `out` must not exist: it is written beside and renamed, so a folder that is there is whole.
     """
     run_dir, out = Path(run_dir), Path(out)
     if out.exists():
@@ -33,20 +32,17 @@ def export(run_dir: str | Path, out: str | Path, *, which: str = "last") -> Path
     if problem := verify(path):
         raise CheckpointError(f"{path}: {problem}; choose another with --which")
     config = load_config(config_file)
-    model, tokenizer = build_model(config.model, torch.device("cpu"))
+    model, tokenizer = build_model(config.model, config.lora, torch.device("cpu"))
     load_tensors(path, model, None)
+    if config.lora.rank:
+        model = model.merge_and_unload()
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_pretrained(model, tokenizer, building)
+    model.save_pretrained(building)
+    tokenizer.save_pretrained(building)
     building.rename(out)
     return out
-
-
-def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A plain Hugging Face folder."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _choose(checkpoints: Checkpointer, which: str) -> Path:

@@ -8,6 +8,7 @@ import torch
 
 from pact_fast.batch import Sample, SampleBuilder
 from pact_fast.data.records import Record
+from pact_fast.distributed import Sharded, World
 from pact_fast.policy import Policy
 from pact_fast.scoring import sequence_logprobs
 
@@ -21,6 +22,7 @@ def score_rollouts(
     *,
     temperature: float,
     token_budget: int,
+    sharded: Sharded | None = None,
 ) -> dict[str, float]:
     """Fills `old_logprobs` of every policy sample under its own context and returns the gauges.
 
@@ -38,13 +40,26 @@ def score_rollouts(
         for s in chosen
     ]
     bare = [torch.cat([prompts[s.record_id], s.ids[head:]]) for s, head in zip(chosen, heads, strict=True)]
-    scored = sequence_logprobs(
-        policy, [s.ids for s in chosen] + bare, temperature=temperature, token_budget=token_budget
-    )
+    sequences = [s.ids for s in chosen] + bare
+    # A rank scores the prompts that are its own, so that their sequences still share a tree.
+    place = {record_id: i for i, record_id in enumerate(prompts)}
+    sharded = sharded or Sharded(policy.model, World())
+    world = sharded.world
+    mine = [
+        i
+        for i in range(len(sequences))
+        if place[chosen[i % len(chosen)].record_id] % world.size == world.rank
+    ]
+    with sharded.whole():
+        part = sequence_logprobs(
+            policy, [sequences[i] for i in mine], temperature=temperature, token_budget=token_budget
+        )
+    found = world.gather({i: scores.cpu() for i, scores in zip(mine, part, strict=True)})
+    scored = {i: scores for share in found for i, scores in share.items()}
     gains, gaps = [], []
     for i, (sample, head) in enumerate(zip(chosen, heads, strict=True)):
-        sample.old_logprobs = torch.cat([torch.zeros(1), scored[i].cpu()])
-        prompt_only = scored[len(chosen) + i].cpu()[len(prompts[sample.record_id]) - 1 :]
+        sample.old_logprobs = torch.cat([torch.zeros(1), scored[i]])
+        prompt_only = scored[len(chosen) + i][len(prompts[sample.record_id]) - 1 :]
         sampled = sample.policy_weight[head:] != 0
         assert sample.engine_logprobs is not None
         gaps.append((prompt_only - sample.engine_logprobs[head:])[sampled].abs())

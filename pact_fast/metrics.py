@@ -120,6 +120,8 @@ class MetricsLogger:
     resume_step=s: the run goes on from a checkpoint taken after step s; rows beyond s are dropped (they will
     be written again), and so is a last line that a crash cut short.
 
+    write=False: for the ranks beside the first; rows are checked and returned, nothing is written.
+
     "time" is seconds of training so far by the monotonic clock, carried over a resume: a clock that is set
     back cannot make it run backwards.
     """
@@ -132,7 +134,14 @@ class MetricsLogger:
         tensorboard: bool = True,
         report_to: Iterable[str] = (),
         run_config: Mapping[str, Any] | None = None,
+        write: bool = True,
     ) -> None:
+        self._write = write
+        self._start = time.monotonic()
+        self._events: Any = None
+        self._trackers: list[Any] = []
+        if not write:
+            return
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / METRICS_FILE
@@ -145,8 +154,7 @@ class MetricsLogger:
             elapsed = max((row.get("time") or 0.0 for row in kept), default=0.0)
             _rewrite(path, kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._start = time.monotonic() - elapsed
-        self._events = None
+        self._start -= elapsed
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, only where wanted
 
@@ -171,6 +179,8 @@ class MetricsLogger:
                 row[name] = int(number) if isinstance(value, int) else number
         if nonfinite:
             row["nonfinite"] = nonfinite
+        if not self._write:
+            return row
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         numbers = {_tag(name, row): value for name, value in row.items() if _plotted(name, value)}
@@ -183,6 +193,8 @@ class MetricsLogger:
         return row
 
     def close(self) -> None:
+        if not self._write:
+            return
         self._file.close()
         if self._events is not None:
             self._events.close()

@@ -20,8 +20,10 @@ class StopSignal:
     saved (rollouts) run inside `interruptible()` and are left at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, immediate: bool = True) -> None:
+        """immediate=False: `interruptible` is never left early (ranks have to stop at the same place)."""
         self.requested = False
+        self.immediate = immediate
         self._interruptible = False
         self._previous: Any = None
 
@@ -38,9 +40,9 @@ class StopSignal:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Raises Preempted out of its body as soon as the signal comes."""
-        self._interruptible = True
+        self._interruptible = self.immediate
         try:
-            if self.requested:
+            if self.requested and self.immediate:
                 raise Preempted
             yield
         finally:

@@ -12,22 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from pact_fast import objective as obj
 from pact_fast.batch import Sample, SampleBuilder, needed, pack_losses, trim
-from pact_fast.build import build_model, build_optimizer, device_of, learning_rate
+from pact_fast.build import build_model, build_optimizer, build_sharded, device_of, learning_rate
 from pact_fast.checkpoint import Checkpointer, write_json
 from pact_fast.config import Config, changed_keys
 from pact_fast.data.chat import ChatFormat
 from pact_fast.data.records import Record
+from pact_fast.distributed import join_world, plain
 from pact_fast.envs.base import make_env
 from pact_fast.evaluate import eval_row, evaluate, transcript
 from pact_fast.gauges import score_rollouts
 from pact_fast.metrics import MetricsLogger, ProgressDisplay
 from pact_fast.policy import Policy
 from pact_fast.preemption import Preempted, StopSignal
-from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, spread_rollouts
 from pact_fast.step_metrics import Update, pack_metrics, rollout_metrics, update_metrics
 from pact_fast.tasks import batch_records, load_split
 
@@ -50,10 +53,11 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)
-        self.device = device_of(config.run.device)
+        self.world = join_world(config.run.device)
+        self.device = device_of(config.run.device, self.world.local_rank)
         self.run_dir = Path(config.run.dir) / config.run.name
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.model, self.tokenizer = build_model(config.model, self.device)
+        self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
         self.policy = Policy(
             self.model,
             attention=config.model.attention,
@@ -71,13 +75,14 @@ class Trainer:
         self.limits = RolloutLimits(
             config.rollout.max_turns, config.rollout.max_completion_length, config.rollout.max_turn_length
         )
+        self.sharded = build_sharded(self.model, self.world, config.distributed)
         self.optimizer = build_optimizer(self.model, config.train)
         self.checkpoints = Checkpointer(
             self.run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             asynchronous=config.checkpoint.asynchronous,
         )
-        self.stop = StopSignal()
+        self.stop = StopSignal(immediate=self.world.size == 1)
         self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = 0
 
     # -- one step ----------------------------------------------------------------------------------
@@ -106,6 +111,7 @@ class Trainer:
                 {r.id: r for r in records},
                 temperature=config.rollout.temperature,
                 token_budget=config.train.token_budget,
+                sharded=self.sharded,
             )
         scored = time.perf_counter()
         row["time/score"] = scored - rolled
@@ -137,7 +143,8 @@ class Trainer:
     def rollout(self, records: Sequence[Record], step: int) -> list[Rollout]:
         config = self.config.rollout
         self.model.eval()
-        return collect_rollouts(
+        return spread_rollouts(
+            self.sharded,
             self.engine,
             self.env,
             self.chat,
@@ -148,6 +155,7 @@ class Trainer:
             temperature=config.temperature,
             seed=self.config.run.seed * 1_000_003 + step,
             batch_size=config.batch_size,
+            row_seeds=config.row_seeds,
         )
 
     def _anchored(self, records: Sequence[Record], step: int) -> dict[str, bool]:
@@ -236,12 +244,16 @@ class Trainer:
             token_budget=config.train.token_budget,
             packing=config.train.packing,
             temperature=config.rollout.temperature,
+            sharded=self.sharded,
         ):
             pack.loss.backward()
-            losses.append(pack_metrics(pack))
-            if not math.isfinite(losses[-1]["loss"]):
+            if pack.samples:
+                losses.append(pack_metrics(pack))
+            if losses and not math.isfinite(losses[-1]["loss"]):
                 bad += [s.record_id for s in pack.samples]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm))
+        # All ranks decide alike: the norm is of the whole gradient, losses and records are exchanged.
+        norm = float(plain(clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)))
+        losses, bad = self.world.concat(losses), self.world.concat(bad)
         skipped = bool(bad) or not math.isfinite(norm)
         if skipped:
             self._skip(step, sorted(set(bad or [s.record_id for s in samples])))
@@ -255,7 +267,9 @@ class Trainer:
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         limit = self.config.train.max_skipped_steps
-        print(f"step {step}: non-finite loss or gradient, update skipped; records: {', '.join(record_ids)}")
+        self._say(
+            f"step {step}: non-finite loss or gradient, update skipped; records: {', '.join(record_ids)}"
+        )
         if self.skipped_in_a_row >= limit:
             raise TrainingStopped(
                 f"{limit} updates in a row had a non-finite loss or gradient, last records "
@@ -263,9 +277,12 @@ class Trainer:
                 "train.learning_rate or check those records"
             )
 
+    def _say(self, text: str) -> None:
+        if self.world.main:
+            print(text)
+
     def _check_first_update(self, update: Update) -> None:
-        """The ratio is 1 on the first update after a rollout; anything else means two passes that
-        disagree."""
+        """The ratio is 1 on the first update after a rollout, or else two passes disagree."""
         metrics = update_metrics([update])
         kl, clipped = metrics.get("pact/ppo_kl", 0.0), metrics.get("clip_ratio", 0.0)
         if self.config.model.dtype == "float32" and not update.skipped and (abs(kl) > 1e-6 or clipped > 0):
@@ -279,7 +296,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds."""
         config = self.config
-        write_json(self.run_dir / "config.json", config.to_dict())
+        self._write("config.json", config.to_dict())
         summary: dict[str, Any] = {
             "preset": config.preset,
             "seed": config.run.seed,
@@ -288,11 +305,13 @@ class Trainer:
         start, base = self.resume() if config.checkpoint.resume else (0, None)
         if base or (config.eval.score_base and start == 0):
             summary["base"] = base or self.final_scores()[0]
-        logger = MetricsLogger(self.run_dir, resume_step=start - 1 if start else None)
-        with logger, ProgressDisplay(config.train.max_steps, start_step=start) as progress, self.stop:
+        main, total = self.world.main, config.train.max_steps
+        logger = MetricsLogger(self.run_dir, resume_step=start - 1 if start else None, write=main)
+        progress = ProgressDisplay(total, start_step=start, console=Console(quiet=not main))
+        with logger, progress, self.stop:
             step = start
             try:
-                for step in range(start, config.train.max_steps):
+                for step in range(start, total):
                     row = logger.log(step, self.train_step(step))
                     progress.update(step + 1, row)
                     score = None
@@ -303,21 +322,26 @@ class Trainer:
                         score = scores["solved"]
                     if config.checkpoint.every and (step + 1) % config.checkpoint.every == 0:
                         self.checkpoint(step + 1, summary.get("base"), score)
-                    if self.stop.requested:
+                    if self.world.any(self.stop.requested):
                         step += 1
                         raise Preempted
-            except Preempted:
-                self.checkpoint(step, summary.get("base"), wait=True)
-                raise
-            finally:
+            except (Preempted, TrainingStopped) as stop:  # of all ranks at once: they can save together
+                if isinstance(stop, Preempted):
+                    self.checkpoint(step, summary.get("base"), wait=True)
                 self.save()
+                raise
+            self.save()
             summary["final"], shown = self.final_scores()
             for split, temperatures in summary["final"].items():
                 for mode, scores in temperatures.items():
-                    logger.log(config.train.max_steps, eval_row(scores, split, float(mode == "sampled")))
-        write_json(self.run_dir / "transcript.json", transcript(shown, self.chat))
-        write_json(self.run_dir / "summary.json", summary)
+                    logger.log(total, eval_row(scores, split, float(mode == "sampled")))
+        self._write("transcript.json", transcript(shown, self.chat))
+        self._write("summary.json", summary)
         return summary
+
+    def _write(self, name: str, value: Any) -> None:
+        if self.world.main:
+            write_json(self.run_dir / name, value)
 
     def checkpoint(self, step: int, base: Any, score: float | None = None, *, wait: bool = False) -> None:
         """Saves what later steps depend on; data order, anchors and annealing are functions of the step."""
@@ -333,13 +357,15 @@ class Trainer:
         record = self.checkpoints.load(path, self.model, self.optimizer)
         vars(self).update(record["state"]["counters"])
         for key, (then, now) in changed_keys(record["state"]["config"], self.config.to_dict()).items():
-            print(f"resumed with another {key}: {now!r}, the checkpoint's is {then!r}")
+            self._say(f"resumed with another {key}: {now!r}, the checkpoint's is {then!r}")
         return record["step"], record["state"]["base"]
 
     def save(self) -> None:
         """Writes the policy as a plain Hugging Face folder."""
-        self.model.save_pretrained(self.run_dir / "model")
-        self.tokenizer.save_pretrained(self.run_dir / "model")
+        state = self.sharded.state_dict()
+        if self.world.main:
+            self.model.save_pretrained(self.run_dir / "model", state_dict=state)
+            self.tokenizer.save_pretrained(self.run_dir / "model")
 
     def evaluate(
         self, split: str, tasks: int, temperature: float = 1.0
@@ -357,6 +383,8 @@ class Trainer:
             samples=self.config.eval.samples if temperature else 1,
             seed=self.config.run.seed,
             batch_size=self.config.rollout.batch_size,
+            sharded=self.sharded,
+            row_seeds=self.config.rollout.row_seeds,
         )
 
     def final_scores(self) -> tuple[dict[str, dict[str, Any]], Rollout]:

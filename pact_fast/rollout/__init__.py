@@ -3,5 +3,14 @@
 from pact_fast.rollout.engine import Engine, Generation
 from pact_fast.rollout.hf import HFEngine
 from pact_fast.rollout.loop import Rollout, RolloutLimits, collect_rollouts
+from pact_fast.rollout.spread import spread_rollouts
 
-__all__ = ["Engine", "Generation", "HFEngine", "Rollout", "RolloutLimits", "collect_rollouts"]
+__all__ = [
+    "Engine",
+    "Generation",
+    "HFEngine",
+    "Rollout",
+    "RolloutLimits",
+    "collect_rollouts",
+    "spread_rollouts",
+]

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pact_fast.rollout.engine import Generation
 
+DRAWS = 32  # uniform numbers made at a time for a row
 GROWTH = 64  # slots added at a time, so that appending a token rarely copies the cache
 
 
@@ -165,7 +166,7 @@ class HFEngine:
         max_new_tokens: Sequence[int],
         temperature: float,
         stop_token_ids: Sequence[int],
-        seed: int,
+        seed: int | Sequence[int],
         sessions: Sequence[Hashable] | None = None,
     ) -> list[Generation]:
         """See `Engine.generate`."""
@@ -175,13 +176,12 @@ class HFEngine:
             raise ValueError(
                 f"max_new_tokens={min(max_new_tokens)}: every row needs room for at least one token"
             )
-        generator = torch.Generator(device=self.model.device).manual_seed(seed)
         hidden = self._resume(prompts, sessions) if sessions is not None else None
         if hidden is None:
             hidden = self._start(prompts)
         self._sessions = list(sessions) if sessions is not None else []
         assert self._batch is not None
-        sampler = _Sampler(self.model, max_new_tokens, temperature, stop_token_ids, generator)
+        sampler = _Sampler(self.model, max_new_tokens, temperature, stop_token_ids, seed)
         sampler.run(self._batch, torch.arange(len(prompts)), hidden)
         return sampler.generations()
 
@@ -221,9 +221,15 @@ class _Sampler:
         max_new_tokens: Sequence[int],
         temperature: float,
         stop_token_ids: Sequence[int],
-        generator: torch.Generator,
+        seed: int | Sequence[int],
     ) -> None:
-        self.model, self.temperature, self.generator = model, temperature, generator
+        self.model, self.temperature = model, temperature
+        self.generator = self.generators = None
+        if isinstance(seed, int):
+            self.generator = torch.Generator(device=model.device).manual_seed(seed)
+        else:  # on the host, so that a seed means the same draw on any device
+            self.generators = [torch.Generator().manual_seed(row) for row in seed]
+            self.uniforms: list[list[float]] = [[] for _ in seed]
         self.limits, self.stops = list(max_new_tokens), set(stop_token_ids)
         self.ids: list[list[int]] = [[] for _ in self.limits]
         self.logprobs: list[list[float]] = [[] for _ in self.limits]
@@ -244,7 +250,7 @@ class _Sampler:
                 self.run(part, rows[keep.cpu()], hidden[keep])
                 batch.absorb(keep, part)
                 return
-            tokens, logprobs = self._draw(hidden)
+            tokens, logprobs = self._draw(hidden, names)
             for i, name in enumerate(names):
                 if alive[i]:
                     alive[i] = self._record(name, tokens[i], logprobs[i])
@@ -253,16 +259,34 @@ class _Sampler:
                     self.model, [[t] if a else [] for t, a in zip(tokens, alive, strict=True)]
                 )
 
-    def _draw(self, hidden: Tensor) -> tuple[list[int], list[float]]:
+    def _draw(self, hidden: Tensor, names: Sequence[int]) -> tuple[list[int], list[float]]:
         logits = self.model.get_output_embeddings()(hidden).float()
         if self.temperature > 0:
             logits = logits / self.temperature
         logp = torch.log_softmax(logits, dim=-1)
         if self.temperature > 0:
-            token = torch.multinomial(logp.exp(), 1, generator=self.generator)
+            token = self._sample(logp.exp(), names)
         else:
             token = logp.argmax(-1, keepdim=True)
         return token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
+
+    def _sample(self, probs: Tensor, names: Sequence[int]) -> Tensor:
+        """One token a row, [B, 1], from probs [B, V]."""
+        if self.generators is None:
+            return torch.multinomial(probs, 1, generator=self.generator)
+        mass = probs.cumsum(-1)
+        u = torch.tensor([self._uniform(n) for n in names], device=mass.device)[:, None]
+        # Inverse of the distribution function; just below 1, lest rounding reach past the last token.
+        token = torch.searchsorted(mass, u * mass[:, -1:] * (1 - 1e-7), right=True)
+        return token.clamp(max=mass.shape[1] - 1)
+
+    def _uniform(self, name: int) -> float:
+        """The uniform draw of a row's next token: a function of its seed and the token's place alone."""
+        place, drawn = len(self.ids[name]), self.uniforms[name]
+        if place >= len(drawn):
+            assert self.generators is not None
+            drawn.extend(torch.rand(DRAWS, generator=self.generators[name]).tolist())
+        return drawn[place]
 
     def _record(self, name: int, token: int, logprob: float) -> bool:
         """Appends a sampled token; True while the row goes on."""

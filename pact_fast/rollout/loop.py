@@ -72,6 +72,7 @@ def collect_rollouts(
     num_generations: int,
     limits: RolloutLimits,
     prompts: Sequence[Tokens] | None = None,
+    keys: Sequence[int] | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
@@ -84,6 +85,8 @@ def collect_rollouts(
         prompts: their prompts as tokens, where the caller has them already.
         limits: turn and token limits; an episode that meets one is ended with that failure kind.
         temperature: of the sampling; 0 is greedy.
+        keys: a number a record that, with `seed`, decides the draws of its rollouts alone: a part of the
+            records rolled out elsewhere gives the same rollouts. None: draws of a batch hang together.
         seed: makes the draw repeatable.
         batch_size: rows in flight at once.
 
@@ -93,10 +96,13 @@ def collect_rollouts(
     if prompts is None:
         prompts = [chat.prompt(r.prompt, r.tools) for r in records]
     rollouts = [Rollout(r, p) for r, p in zip(records, prompts, strict=True) for _ in range(num_generations)]
-    for wave, start in enumerate(range(0, len(rollouts), batch_size)):
-        _run_wave(
-            engine, env, chat, rollouts[start : start + batch_size], limits, temperature, seed + 7919 * wave
-        )
+    rows = None if keys is None else [k * num_generations + g for k in keys for g in range(num_generations)]
+    for number, start in enumerate(range(0, len(rollouts), batch_size)):
+        wave = slice(start, start + batch_size)
+        seeds: int | list[int] = seed + 7919 * number
+        if rows is not None:
+            seeds = [seed * 1_000_003 + row for row in rows[wave]]
+        _run_wave(engine, env, chat, rollouts[wave], limits, temperature, seeds)
     return rollouts
 
 
@@ -107,7 +113,7 @@ def _run_wave(
     rollouts: list[Rollout],
     limits: RolloutLimits,
     temperature: float,
-    seed: int,
+    seeds: int | Sequence[int],
 ) -> None:
     episodes = env.start([r.record for r in rollouts])
     engine.reset()
@@ -118,7 +124,9 @@ def _run_wave(
             max_new_tokens=[_room(rollouts[i], limits) for i in active],
             temperature=temperature,
             stop_token_ids=chat.stop_token_ids,
-            seed=seed * 1009 + turn,
+            seed=_of_turn(seeds, turn)
+            if isinstance(seeds, int)
+            else [_of_turn(seeds[i], turn) for i in active],
             sessions=active,
         )
         finished = []
@@ -143,6 +151,10 @@ def _run_wave(
         # A turn cut off by a limit has no step of its own; turn-level advantages need one value for it.
         rollout.turn_rewards += [0.0] * (1 + max(rollout.turns) - len(rollout.turn_rewards))
         rollout.outcome = outcome
+
+
+def _of_turn(seed: int, turn: int) -> int:
+    return (seed * 1009 + turn) % 2**63
 
 
 def _room(rollout: Rollout, limits: RolloutLimits) -> int:

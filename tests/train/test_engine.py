@@ -126,3 +126,24 @@ def test_a_sliding_window_model_is_refused(model):
     model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="sliding_attention"):
         HFEngine(model)
+
+
+def test_a_row_with_its_own_seed_draws_the_same_whoever_stands_beside_it(model):
+    prompts = [[9, 8], [10, 11, 12], [20], [9, 8]]
+    together = generate(HFEngine(model), prompts, [40] * 4, seed=[5, 6, 7, 5])
+    for i, seed in ((2, 7), (0, 5)):
+        (alone,) = generate(HFEngine(model), [prompts[i]], [40], seed=[seed])
+        assert alone.token_ids == together[i].token_ids
+    assert together[0].token_ids == together[3].token_ids
+
+
+def test_draws_follow_the_models_distribution(model):
+    rows = 4000
+    drawn = generate(HFEngine(model), [[9, 8, 7]] * rows, [1] * rows, seed=range(rows), temperature=1.3)
+    counts = torch.bincount(torch.tensor([g.token_ids[0] for g in drawn]), minlength=61)
+    with torch.no_grad():
+        expected = (model(torch.tensor([[9, 8, 7]])).logits[0, -1].float() / 1.3).softmax(-1) * rows
+    common = expected > 5
+    chi2 = float(((counts - expected)[common] ** 2 / expected[common]).sum())
+    assert chi2 < 2.0 * int(common.sum()), (chi2, int(common.sum()))
+    assert int(counts[expected < 1e-3].sum()) == 0
