@@ -1,0 +1,106 @@
+"""The accounting of docs/scaling.md against real models and a measured small case."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from pact_fast.packing import pack_tree
+from pact_fast.policy import Policy
+from pact_fast.scaling import GIB, QWEN3, Shape, memory, state_bytes, traffic
+
+DOCS = Path(__file__).parent.parent.parent / "docs" / "scaling.md"
+
+
+def model_of(shape, device):
+    config = Qwen3Config(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
+    with torch.device(device):
+        return Qwen3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("size", QWEN3)
+def test_parameter_counts_are_those_of_the_real_architecture(size):
+    model = model_of(QWEN3[size], "meta")
+    assert QWEN3[size].parameters == sum(p.numel() for p in model.parameters())
+    layer = model.model.layers[0]
+    assert QWEN3[size].layer_parameters == sum(p.numel() for p in layer.parameters())
+
+
+SMALL = Shape(64, 3, 160, 4, 2, 16, 400, True)
+
+
+def test_states_are_what_training_really_holds():
+    model = model_of(SMALL, "cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(20)[None]).logits.sum().backward()
+    optimizer.step()
+    held = sum(p.nbytes + p.grad.nbytes for p in model.parameters())
+    held += sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.ndim)
+    assert held == state_bytes(SMALL, 1)
+
+
+def saved_bytes(model, tokens, checkpointing):
+    """Bytes that the forward of the decoder keeps for the backward, weights not counted."""
+    policy = Policy(model, gradient_checkpointing=checkpointing)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its address would be reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        hidden = policy.hidden(pack_tree([list(range(tokens))]))
+    assert hidden.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+def test_activations_of_a_checkpointed_and_of_a_kept_layer_match_the_formula():
+    tokens = 256
+    model = model_of(SMALL, "cpu").train()
+    parts = {k: 2 * v for k, v in memory(SMALL, 1, tokens).items()}  # measured in fp32, twice bf16
+    checkpointed = saved_bytes(model, tokens, True)
+    assert parts["checkpoints"] == pytest.approx(checkpointed, rel=0.5)
+    whole = saved_bytes(model, tokens, False)
+    layer = (whole - checkpointed) / SMALL.layers + parts["checkpoints"] / SMALL.layers
+    print(
+        f"one layer: measured {layer / tokens:.0f} bytes a token, formula {parts['one layer'] / tokens:.0f}"
+    )
+    assert parts["one layer"] == pytest.approx(layer, rel=0.35)
+
+
+def test_more_gpus_share_the_states_and_talk_more():
+    assert state_bytes(SMALL, 8) == state_bytes(SMALL, 1) / 8
+    assert sum(traffic(SMALL, 1, 4).values()) == 0
+    few, many = traffic(SMALL, 8, 1), traffic(SMALL, 8, 4)
+    assert many["gather weights"] == 4 * few["gather weights"]
+    assert many["reduce gradients"] == few["reduce gradients"]
+    with pytest.raises(ValueError, match="gpus=0"):
+        memory(SMALL, 0, 1)
+
+
+def test_the_small_model_fits_one_h100_at_32k_tokens():
+    assert memory(QWEN3["1.7B"], 1, 32768)["total"] < 76 * GIB
+
+
+def test_the_tables_of_the_document_are_the_formulas():
+    text = DOCS.read_text()
+    rows = re.findall(r"^\| (1\.7B|4B|8B|32B) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.MULTILINE)
+    assert len(rows) >= 8
+    for size, gpus, total, gathered in rows:
+        assert float(total) == pytest.approx(memory(QWEN3[size], int(gpus), 32768)["total"] / GIB, abs=0.06)
+        received = sum(traffic(QWEN3[size], int(gpus), 1).values()) / GIB
+        assert float(gathered) == pytest.approx(received, abs=0.06)
