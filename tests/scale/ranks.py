@@ -38,7 +38,7 @@ def rank(job, number, port):
 
     def poison(pack):
         out = hidden(pack)
-        if poisoned:
+        if poisoned and out.requires_grad:
             out.register_hook(lambda grad: grad * float("nan"))
         return out
 
@@ -48,7 +48,10 @@ def rank(job, number, port):
         poisoned[:] = [True] if job.get("poison") == [number, step] else []
         if job.get("die") == [number, step]:
             os.kill(os.getpid(), 9)
-        return real(samples, step)
+        try:
+            return real(samples, step)
+        finally:
+            poisoned.clear()
 
     trainer.update = update
     trainer.train()
