@@ -28,7 +28,7 @@ def instances(task):
     return made
 
 
-PUBLIC: dict = {}  # class -> names of its public methods; the official runner, too, offers every public method
+PUBLIC: dict = {}  # class -> names of its public methods: what the official runner, too, offers
 
 
 def methods(made):
