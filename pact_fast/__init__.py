@@ -14,29 +14,46 @@ from pact_fast.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.version import __version__
 
 if TYPE_CHECKING:
+    from pact_fast.config import Config, load_config
+    from pact_fast.objective import anchor_mask, group_advantages, reasoning_level, tool_call_scale
     from pact_fast.policy import Policy
     from pact_fast.scoring import context_logprobs, sequence_logprobs
+    from pact_fast.trainer import Trainer
 
 # These import transformers, which takes seconds: only when they are used.
 _LAZY = {
+    "Config": "pact_fast.config",
     "Policy": "pact_fast.policy",
+    "Trainer": "pact_fast.trainer",
+    "anchor_mask": "pact_fast.objective",
     "context_logprobs": "pact_fast.scoring",
+    "group_advantages": "pact_fast.objective",
+    "load_config": "pact_fast.config",
+    "reasoning_level": "pact_fast.objective",
     "sequence_logprobs": "pact_fast.scoring",
+    "tool_call_scale": "pact_fast.objective",
 }
 
 __all__ = [
+    "Config",
     "PactLossOutput",
     "Policy",
+    "Trainer",
     "TreePack",
     "__version__",
+    "anchor_mask",
     "context_logprobs",
+    "group_advantages",
     "linear_cross_entropy",
     "linear_logprob",
     "linear_pact_loss",
+    "load_config",
     "pack_linear",
     "pack_tree",
     "plan_packs",
+    "reasoning_level",
     "sequence_logprobs",
+    "tool_call_scale",
     "tree_attention",
 ]
 

@@ -71,3 +71,13 @@ def test_a_transformers_model_loads_with_the_root_on_sys_path():
         "num_attention_heads=1,num_key_value_heads=1,head_dim=16))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_every_public_name_can_be_imported_from_the_top():
+    import pact_fast
+
+    for name in pact_fast.__all__:
+        assert getattr(pact_fast, name) is not None
+    assert {"Trainer", "anchor_mask", "group_advantages", "pack_tree", "tree_attention"} <= set(
+        pact_fast.__all__
+    )
