@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 MANIFEST, STATE = "manifest.json", "state.json"
+REPLACED = ".replaced-"  # before the name of a checkpoint while a new one takes its place
 FORMAT = 1
 
 
@@ -137,11 +138,13 @@ class Checkpointer:
         def finish() -> None:
             _write_synced(building / STATE, text)
             _write_manifest(building, json.loads(text))
-            shutil.rmtree(
-                target, ignore_errors=True
-            )  # a damaged one, or one of a run that was resumed before it
+            replaced = self.folder / f"{REPLACED}{target.name}"
+            if target.exists():  # a damaged one, or one of a run that was resumed before it
+                shutil.rmtree(replaced, ignore_errors=True)
+                target.rename(replaced)
             building.rename(target)
             _sync_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             self._prune()
 
         def tensors_and_generators() -> None:
@@ -189,6 +192,15 @@ class Checkpointer:
                 path.rename(doomed := path.with_name(f".building-deleted-{path.name}"))
                 shutil.rmtree(doomed, ignore_errors=True)
 
+    def _put_back(self) -> None:
+        """A save that was cut between its two renames left the older checkpoint aside: use that one."""
+        for replaced in self.folder.glob(f"{REPLACED}step-*"):
+            target = replaced.with_name(replaced.name.removeprefix(REPLACED))
+            if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                replaced.rename(target)
+
     # -- reading -----------------------------------------------------------------------------------
 
     def paths(self) -> list[Path]:
@@ -203,6 +215,7 @@ class Checkpointer:
         """
         choice: list[Any] = [None, None]
         if self.rank == 0:
+            self._put_back()
             damaged = []
             for path in reversed(self.paths()):
                 problem = verify(path)

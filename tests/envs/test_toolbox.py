@@ -249,7 +249,7 @@ def test_malformed_calls_get_an_error_and_end_the_episode_after_the_limit(env):
 
 
 def test_held_out_tasks_use_other_words_and_more_hops_than_training():
-    env = ToolboxEnv(ToolboxSettings(train_tasks=200, shift=1.0))
+    env = ToolboxEnv(ToolboxSettings(train_tasks=200, shift=1.0, train_hops=(0.45, 0.45, 0.1)))
     train, test = env.records("train"), env.records("test")
     words = {
         word for r in train for word in r.prompt[-1]["content"].replace("?", "").replace(".", "").split()

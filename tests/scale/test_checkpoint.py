@@ -304,3 +304,10 @@ def test_kill_9_during_writing_leaves_a_whole_checkpoint_20_times(tmp_path):
     assert "20 of 20 survived" in done.stdout
     assert " 0 of them cut" not in done.stdout, "no kill fell into a save: nothing was tested"
     assert "\n0 resumed" not in done.stdout
+
+
+def test_a_save_cut_between_its_two_renames_keeps_the_older_checkpoint(tmp_path):
+    model, optimizer = make()
+    Checkpointer(tmp_path, asynchronous=False).save(1, model, optimizer, {"step": 1})
+    (tmp_path / "step-000001").rename(tmp_path / ".replaced-step-000001")
+    assert Checkpointer(tmp_path).latest() == tmp_path / "step-000001"
