@@ -267,6 +267,9 @@ def writer(folder, steps=10_000):
         saver.save(step, model, optimizer, {"step": step})
 
 writer(Path(sys.argv[1]) / "warm-up", steps=2)  # lazy imports happen here, not in every child
+begin = time.monotonic()
+writer(Path(sys.argv[1]) / "timed", steps=5)
+save = (time.monotonic() - begin) / 4  # the kills are spread over a few saves, however fast the machine is
 rng, survived, cut, whole = random.Random(), 0, 0, 0
 for attempt in range(20):
     folder = Path(sys.argv[1]) / str(attempt % 4)  # some folders are written to again after a kill
@@ -276,7 +279,7 @@ for attempt in range(20):
             writer(folder)
         finally:
             os._exit(1)
-    time.sleep(rng.uniform(0.02, 0.15))
+    time.sleep(rng.uniform(0.3, 6.0) * save)
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the writer ended by itself"
     cut += bool(list(folder.glob(".building-*")))
