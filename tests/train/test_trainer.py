@@ -61,7 +61,7 @@ def test_first_update_after_a_rollout_is_on_policy_and_the_engine_agrees(make_tr
     assert abs(row["pact/ppo_kl"]) < 1e-6
     assert row["clip_ratio"] == 0.0
     assert row["pact/engine_gap_max"] < 1e-4
-    assert row["solved"] > 0 or row["reward"] != 0
+    assert row["reward_std"] > 0, "no rollout was better than another: nothing was trained"
 
 
 def test_a_stale_policy_is_noticed_by_the_first_update_check(make_trainer):
@@ -175,9 +175,7 @@ def test_a_tool_response_is_seen_by_the_tokens_after_it(make_trainer):
     changed[place] = changed[place] % 300 + 20
     with torch.no_grad():
         before, after = sequence_logprobs(trainer.policy, [tokens.ids, changed])
-    assert torch.equal(before[: place - 1], after[: place - 1]) or torch.allclose(
-        before[: place - 1], after[: place - 1], atol=1e-5
-    )
+    assert torch.allclose(before[: place - 1], after[: place - 1], atol=1e-5)
     assert float((before[place + 2 :] - after[place + 2 :]).abs().max()) > 1e-3
 
 
