@@ -250,10 +250,12 @@ def test_no_space_left_during_training_is_a_warning_at_the_next_save(tmp_path, m
     assert [p.name for p in saver.paths()] == ["step-000002"]
 
 
-# One interpreter forks a writer per attempt: importing torch 20 times would cost a minute.
+# One interpreter forks a writer per attempt: importing torch 20 times would cost a minute. One thread, because
+# OpenMP's pool does not survive a fork: a child that used it would hang before its first save.
 KILLED = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
+torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import make, train
 from pact_fast.checkpoint import Checkpointer
@@ -279,7 +281,11 @@ for attempt in range(20):
             writer(folder)
         finally:
             os._exit(1)
-    time.sleep(rng.uniform(0.3, 6.0) * save)
+    before, deadline = set(os.listdir(folder)) if folder.exists() else set(), time.monotonic() + 60
+    while not folder.exists() or set(os.listdir(folder)) == before:  # until the child has begun its first save
+        assert time.monotonic() < deadline, "the writer saved nothing for a minute"
+        time.sleep(0.0005)
+    time.sleep(rng.uniform(0.0, 4.0) * save)
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the writer ended by itself"
     cut += bool(list(folder.glob(".building-*")))
