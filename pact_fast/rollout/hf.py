@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pact_fast.rollout.decode import decode_step, decodes
 from pact_fast.rollout.engine import Generation
 
 DRAWS = 32  # uniform numbers made at a time for a row
@@ -109,11 +110,14 @@ class _Batch:
             self.tokens[i] = tokens
 
     @torch.no_grad()
-    def feed(self, model: PreTrainedModel, chunks: Sequence[Sequence[int]]) -> Tensor:
-        """Feeds each row its tokens (possibly none) -> hidden state after the last one, [B, H]."""
+    def feed(self, model: PreTrainedModel, chunks: Sequence[Sequence[int]], lean: bool = False) -> Tensor:
+        """Feeds each row its tokens (possibly none) -> hidden state after the last one, [B, H]. `lean`: single
+        tokens go through `decode_step`."""
         device, width = model.device, max(len(c) for c in chunks)
         ids = torch.tensor([list(c) + [0] * (width - len(c)) for c in chunks], device=device)
         counts = torch.tensor([len(c) for c in chunks], device=device)
+        if width == 1 and lean:
+            return self._step(model, ids[:, 0], counts, chunks)
         steps = torch.arange(width, device=device)
         new = steps[None, :] < counts[:, None]  # [B, width]
         positions = (self.length[:, None] + steps[None, :]).where(new, 0)
@@ -130,11 +134,24 @@ class _Batch:
             past_key_values=Cache(layers=list(self.layers)),
             use_cache=True,
         ).last_hidden_state
+        self._grown(new, counts, chunks)
+        return hidden[torch.arange(len(chunks), device=device), (counts - 1).clamp(min=0)]
+
+    def _step(self, model: PreTrainedModel, ids: Tensor, counts: Tensor, chunks) -> Tensor:
+        new = (counts > 0)[:, None]
+        positions = torch.where(new[:, 0], self.length, 0)
+        # An idle row sees its new slot too, so that it has one to see; what it computes is never used.
+        seen = torch.cat([self.valid, torch.ones_like(new)], dim=1)
+        mask = torch.zeros(seen.shape, device=ids.device).masked_fill_(~seen, -torch.inf)
+        hidden = decode_step(model, ids, positions, mask[:, None, None], self.layers)
+        self._grown(new, counts, chunks)
+        return hidden
+
+    def _grown(self, new: Tensor, counts: Tensor, chunks: Sequence[Sequence[int]]) -> None:
         self.valid = torch.cat([self.valid, new], dim=1)
         self.length = self.length + counts
         for tokens, chunk in zip(self.tokens, chunks, strict=True):
             tokens.extend(chunk)
-        return hidden[torch.arange(len(chunks), device=device), (counts - 1).clamp(min=0)]
 
 
 class HFEngine:
@@ -152,6 +169,7 @@ class HFEngine:
                 "use another rollout engine for this model"
             )
         self.model = model
+        self.lean = decodes(model)
         self._sessions: list[Hashable] = []
         self._batch: _Batch | None = None
 
@@ -181,7 +199,7 @@ class HFEngine:
             hidden = self._start(prompts)
         self._sessions = list(sessions) if sessions is not None else []
         assert self._batch is not None
-        sampler = _Sampler(self.model, max_new_tokens, temperature, stop_token_ids, seed)
+        sampler = _Sampler(self.model, self.lean, max_new_tokens, temperature, stop_token_ids, seed)
         sampler.run(self._batch, torch.arange(len(prompts)), hidden)
         return sampler.generations()
 
@@ -218,12 +236,13 @@ class _Sampler:
     def __init__(
         self,
         model: PreTrainedModel,
+        lean: bool,
         max_new_tokens: Sequence[int],
         temperature: float,
         stop_token_ids: Sequence[int],
         seed: int | Sequence[int],
     ) -> None:
-        self.model, self.temperature = model, temperature
+        self.model, self.lean, self.temperature = model, lean, temperature
         self.generator = self.generators = None
         if isinstance(seed, int):
             self.generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -256,7 +275,7 @@ class _Sampler:
                     alive[i] = self._record(name, tokens[i], logprobs[i])
             if any(alive):
                 hidden = batch.feed(
-                    self.model, [[t] if a else [] for t, a in zip(tokens, alive, strict=True)]
+                    self.model, [[t] if a else [] for t, a in zip(tokens, alive, strict=True)], self.lean
                 )
 
     def _draw(self, hidden: Tensor, names: Sequence[int]) -> tuple[list[int], list[float]]:
@@ -272,10 +291,11 @@ class _Sampler:
 
     def _sample(self, probs: Tensor, names: Sequence[int]) -> Tensor:
         """One token a row, [B, 1], from probs [B, V]."""
-        if self.generators is None:
-            return torch.multinomial(probs, 1, generator=self.generator)
         mass = probs.cumsum(-1)
-        u = torch.tensor([self._uniform(n) for n in names], device=mass.device)[:, None]
+        if self.generators is None:
+            u = torch.rand(len(names), 1, generator=self.generator, device=mass.device)
+        else:
+            u = torch.tensor([self._uniform(n) for n in names], device=mass.device)[:, None]
         # Inverse of the distribution function; just below 1, lest rounding reach past the last token.
         token = torch.searchsorted(mass, u * mass[:, -1:] * (1 - 1e-7), right=True)
         return token.clamp(max=mass.shape[1] - 1)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from pact_fast.rollout.decode import decodes
 from pact_fast.rollout.hf import HFEngine, _Batch
 
 SHAPE = {
@@ -45,10 +46,12 @@ def generate(engine, prompts, limits, sessions=None, temperature=1.0, seed=0, st
     )
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_the_models_own_over_several_turns(model, temperature):
+@pytest.mark.parametrize(("temperature", "lean"), [(1.0, True), (0.7, True), (1.0, False)])
+def test_logprobs_are_the_models_own_over_several_turns(model, temperature, lean):
     torch.manual_seed(1)
     engine = HFEngine(model)
+    assert engine.lean  # both families in fp32
+    engine.lean = lean
     prompts = [torch.randint(7, 61, (n,)).tolist() for n in (9, 3, 3, 14, 1, 6)]
     prompts[2] = prompts[1]
     rows, contexts = list(range(6)), {i: list(p) for i, p in enumerate(prompts)}
@@ -72,9 +75,9 @@ def test_sessions_reuse_the_cache_and_change_nothing(model, monkeypatch):
     fed = []
     feed = _Batch.feed
 
-    def counting(batch, model, chunks):
+    def counting(batch, model, chunks, lean=False):
         fed.append(sum(len(c) for c in chunks))
-        return feed(batch, model, chunks)
+        return feed(batch, model, chunks, lean)
 
     monkeypatch.setattr(_Batch, "feed", counting)
     resumed = generate(first, longer, [5, 5], sessions=["a", "b"], temperature=0.0, stops=())
@@ -83,6 +86,17 @@ def test_sessions_reuse_the_cache_and_change_nothing(model, monkeypatch):
     assert [r.token_ids for r in resumed] == [f.token_ids for f in fresh]
     for r, f in zip(resumed, fresh, strict=True):
         assert r.logprobs == pytest.approx(f.logprobs, abs=1e-5)
+
+
+def test_what_the_lean_step_does_not_know_runs_through_the_model(model):
+    assert decodes(model)
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert not decodes(model)
+    handle.remove()
+    assert decodes(model)
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+    assert not decodes(model)
+    assert not decodes(model.bfloat16())
 
 
 def test_a_rewritten_prompt_is_not_served_from_the_cache(model):
