@@ -12,7 +12,6 @@ equal the ids of the whole rendered conversation, and each token has exactly one
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -21,11 +20,10 @@ from typing import Any, NamedTuple
 from pact_fast.data import formats
 from pact_fast.data.formats import DEFAULT_PRIVILEGED_TEMPLATE, FORMAT_NAMES, CallSyntax, Headers
 from pact_fast.data.parsing import AssistantTurn, ToolCall, parse_turn
+from pact_fast.data.segments import token_segments
 
 __all__ = ["AssistantTurn", "ChatFormat", "Component", "Tokens", "ToolCall"]
 
-# The blank after a sentence starts the next token in most vocabularies; a line break ends the one before.
-_SENTENCE_END = re.compile(r"[.!?…][\"')\]]*(?=[ \t])|\s*\n\s*")
 _MARK = "@@pact_fast:privileged@@"  # where privileged text goes in a rendered prompt
 
 
@@ -388,24 +386,9 @@ class ChatFormat:
             tokens.append(token, run[index].component, turn)
         if reasoning:
             source = next(piece.text for piece in run if piece.component == Component.REASONING)
-            for (position, _), segment in zip(reasoning, self._segment(source, reasoning), strict=True):
+            parts = token_segments(source, [start for _, start in reasoning], self.segments)
+            for (position, _), segment in zip(reasoning, parts, strict=True):
                 tokens.segments[position] = segment
-
-    def _segment(self, text: str, tokens: Sequence[tuple[int, int]]) -> list[int]:
-        """Segment of each reasoning token: cuts at sentence or paragraph ends, at most `segments` near-
-        equal parts.
-        """
-        starts = [start for _, start in tokens]
-        # A cut is the index of the first token of the next segment.
-        ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-        candidates = sorted({sum(start < end for start in starts) for end in ends} - {0, len(starts)})
-        cuts: list[int] = []
-        for k in range(1, self.segments):
-            ideal = k * len(starts) / self.segments
-            later = [cut for cut in candidates if not cuts or cut > cuts[-1]]
-            if later:
-                cuts.append(min(later, key=lambda cut: abs(cut - ideal)))
-        return [sum(position >= cut for cut in cuts) for position in range(len(starts))]
 
     def _encode_text(self, text: str, *, plain: bool = False) -> tuple[list[int], list[int]]:
         """Ids and first characters. `plain`: special tokens written out in `text` stay text (tool output)."""
