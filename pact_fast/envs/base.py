@@ -12,8 +12,9 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pact_fast.data.chat import AssistantTurn
@@ -106,10 +107,20 @@ class ToolEnv(Protocol):
     def close(self) -> None: ...
 
 
+class PreparedEnv(ToolEnv, Protocol):
+    """An environment whose tasks depend on what the model did before them (BFCL's memory)."""
+
+    def preparations(self, folder: Path) -> Iterator[list[Record]]:
+        """Waves of records to roll out, one rollout each, in this order; `records` is asked after the last.
+        What was done is kept in `folder`."""
+        ...
+
+
 REGISTRY = {
     "toolbox": "pact_fast.envs.toolbox:ToolboxEnv",
     "python": "pact_fast.envs.python_tools:PythonToolsEnv",
     "bfcl": "pact_fast.envs.bfcl:BfclEnv",
+    "bfcl_memory": "pact_fast.envs.bfcl_memory:BfclMemoryEnv",
     "ftrl": "pact_fast.envs.ftrl:FtrlEnv",
     "toolhop": "pact_fast.envs.toolhop:ToolHopEnv",
 }

@@ -42,6 +42,12 @@ JSON_TYPES = {
     "int": "integer",
     "any": None,
 }
+ELSEWHERE = {  # categories of the package that are no tasks of this environment, and why
+    "web_search": "needs a search engine on the network, which the sandbox does not give to tools",
+    "memory_vector": "needs an embedding model, which the package downloads",
+    "memory_rec_sum": "is not built; of the memory backends the key-value one is (env bfcl_memory)",
+    "memory": "is an environment of its own, since the model first fills its memory: use env bfcl_memory",
+}
 MORE_TOOLS = "From now on there are more tools:\n{tools}\nUse them for what I asked before."
 NO_TOOL = "None of my tools can do this."
 NO_DETAILS = "I need more details before I can do this."
@@ -74,10 +80,9 @@ class BfclSettings:
 
     def __post_init__(self) -> None:
         for category in self.categories:
-            if category in ("web_search", "memory", "memory_kv"):
-                raise ValueError(
-                    f"env.bfcl.categories: {category}: {UNSUPPORTED[category.removesuffix('_kv')]}"
-                )
+            group = next((name for name in ELSEWHERE if category.startswith(name)), None)
+            if group is not None:
+                raise ValueError(f"env.bfcl.categories: {category}: {ELSEWHERE[group]}")
             if category not in CATEGORIES:
                 raise ValueError(f"env.bfcl.categories: one of {', '.join(CATEGORIES)}, got {category!r}")
         for name, known in (("protocol", ("in_house", "benchmark")), ("reward", ("turns", "accuracy"))):
@@ -88,13 +93,6 @@ class BfclSettings:
                 f"env.bfcl: test_tasks + validation_tasks must leave some of the {TASKS} tasks to train on, "
                 f"got {self.test_tasks} + {self.validation_tasks}"
             )
-
-
-UNSUPPORTED = {
-    "web_search": "needs a search engine on the network, which the sandbox does not give to tools",
-    "memory": "needs prerequisite conversations that the model itself holds first to fill its memory; "
-    "only the multi-turn categories run as single tasks",
-}
 
 
 @dataclass
@@ -280,7 +278,8 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            f"env.bfcl needs the package {package}: pip install --no-deps bfcl-eval==2026.3.23 mpmath"
+            f"env.bfcl and env.bfcl_memory need the package {package}: "
+            "pip install --no-deps bfcl-eval==2026.3.23 mpmath rank-bm25 overrides"
         )
     return Path(spec.origin).parent
 

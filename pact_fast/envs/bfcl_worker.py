@@ -3,13 +3,17 @@
 Instances are made anew for every request and the rollout's earlier calls are made again on them, so that no
 state is shared between rollouts and a replaced worker changes nothing. Nothing is ever evaluated as text: a
 call is a method's name and its arguments. A task is {"initial_config", "involved_classes", "long_context"};
-a call is [name, positional arguments, named arguments].
+a call is [name, positional arguments, named arguments]. A memory (of the memory tasks) is {"core":
+{key: text}, "archival": {key: text}}; it comes with each request and goes back changed.
 """
 
 import copy
 import importlib
 import inspect
 import json
+import os
+import sys
+import types
 
 REFUSED = ("kill", "exit", "quit", "remove", "unlink", "popen", "Popen", "run")  # as the official runner
 
@@ -104,3 +108,34 @@ def score(task, turns, truth):
             if not verdict["valid"]:
                 return {"passed": index, "valid": False, "error": verdict["error_type"]}
     return {"passed": len(truth), "valid": True, "error": None}
+
+
+def memory_backend(memory):
+    """The package's own class with `memory` in it; its snapshot files are not used."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the key search imports NumPy
+    if "bfcl_eval.utils" not in sys.modules:
+        # The real one makes folders beside the package when imported, and serves the snapshot files alone.
+        utils = types.ModuleType("bfcl_eval.utils")
+        for name in ("get_directory_structure_by_id", "is_first_memory_prereq_entry", "is_memory_prereq"):
+            setattr(utils, name, None)
+        sys.modules["bfcl_eval.utils"] = utils
+    from bfcl_eval.eval_checker.multi_turn_eval.func_source_code.memory_kv import MemoryAPI_kv
+
+    instance = MemoryAPI_kv()
+    instance.core_memory = dict(memory["core"])
+    instance.archival_memory = dict(memory["archival"])
+    return instance
+
+
+def run_memory_calls(memory, calls):
+    """{"results": [(kind, text) of each call], "memory": what they leave}."""
+    instance = memory_backend(memory)
+    available = methods({"MemoryAPI_kv": instance})
+    results = [execute(available, call) for call in calls]
+    left = {"core": instance.core_memory, "archival": instance.archival_memory}
+    return {"results": results, "memory": left}
+
+
+def core_memory_text(memory):
+    """What the system prompt shows of the core memory."""
+    return memory_backend(memory)._dump_core_memory_to_context()

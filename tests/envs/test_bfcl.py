@@ -232,8 +232,10 @@ def test_short_descriptions_keep_what_the_tool_does():
 def test_what_cannot_run_here_says_why():
     with pytest.raises(ValueError, match="needs a search engine on the network"):
         make_env("bfcl", {"categories": ["web_search"]})
-    with pytest.raises(ValueError, match="prerequisite conversations"):
+    with pytest.raises(ValueError, match=r"memory_kv: is an environment of its own.*bfcl_memory"):
         make_env("bfcl", {"categories": ["memory_kv"]})
+    with pytest.raises(ValueError, match="memory_vector: needs an embedding model"):
+        make_env("bfcl", {"categories": ["memory_vector"]})
     with pytest.raises(ValueError, match="one of base, miss_func"):
         make_env("bfcl", {"categories": ["simple"]})
     with pytest.raises(ValueError, match="has test tasks only"):
