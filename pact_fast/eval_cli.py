@@ -6,29 +6,37 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast.data.chat import ChatFormat
+from pact_fast.data.formats import FORMAT_NAMES
 from pact_fast.data.records import Record, load_records
-from pact_fast.envs.base import FAILURE_KINDS, ToolEnv, make_env
+from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.evaluate import transcript
 from pact_fast.models import base_model_path
 from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
 from pact_fast.stats import mean_interval, share_interval
 
+# (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
+# environment's answers are short; models of the real benchmarks think before they call.
+LIMITS = {"toolbox": (10, 512, 128), "bfcl": (60, 16384, 1024)}
+OTHER_LIMITS = (10, 8192, 1024)
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pact-fast eval", description=__doc__)
     parser.add_argument("model", help='a Hugging Face folder, a run\'s model folder, or "toolbox-base"')
-    parser.add_argument("--env", default="toolbox", help="toolbox, bfcl, ftrl, toolhop, ...")
+    parser.add_argument("--env", default="toolbox", help=", ".join(REGISTRY))
     parser.add_argument(
         "--setting", action="append", default=[], metavar="KEY=VALUE", help="a setting of the environment"
     )
@@ -37,20 +45,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", type=int, help="only the first N tasks")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--samples", type=int, default=1, help="rollouts a task")
-    parser.add_argument("--max-turns", type=int, default=10)
-    parser.add_argument("--max-completion-length", type=int, default=512)
-    parser.add_argument("--max-turn-length", type=int, default=128)
-    parser.add_argument("--batch-tasks", type=int, default=32, help="tasks between two saves")
-    parser.add_argument("--chat-format", default="auto")
+    parser.add_argument("--max-turns", type=int, help="assistant turns (toolbox, ftrl, ...: 10; bfcl: 60)")
+    parser.add_argument(
+        "--max-completion-length",
+        type=int,
+        help="tokens after the prompt, tool responses included (toolbox: 512; bfcl: 16384; else 8192)",
+    )
+    parser.add_argument("--max-turn-length", type=int, help="tokens sampled a turn (toolbox: 128; else 1024)")
+    parser.add_argument("--batch-tasks", type=int, default=32, help="tasks at once, and between two saves")
+    parser.add_argument("--chat-format", default="auto", help=", ".join(FORMAT_NAMES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/eval", help="folder of results.jsonl and transcripts.jsonl")
+    parser.add_argument("--out", default="runs/eval", help="folder of results, transcripts and summary")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(list(argv))
+    limits = LIMITS.get(args.env, OTHER_LIMITS)
+    for name, value in zip(("max_turns", "max_completion_length", "max_turn_length"), limits, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     env = make_env(args.env, dict(_setting(s) for s in args.setting))
     try:
         rows = run(args, env)
@@ -59,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     console.print(summary_table(rows, f"{args.model} on {args.env}/{args.split}, T={args.temperature:g}"))
     console.print(failure_table(rows))
+    (Path(args.out) / "summary.json").write_text(json.dumps(summary(rows), indent=1) + "\n")
+    console.print(f"{args.out}: results.jsonl, transcripts.jsonl, summary.json", markup=False)
     return 0
 
 
@@ -71,63 +89,118 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     """Scores what `results.jsonl` does not hold yet and returns all rows."""
-    records = (
-        list(load_records(args.file, require_trace=False).records) if args.file else env.records(args.split)
-    )
-    records = records[: args.tasks] if args.tasks else records
+    prepare = getattr(env, "preparations", None)
+    records = None if prepare else _records(args, env)  # what is wrong with them is said before a model loads
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     done = _resume(out, {k: v for k, v in vars(args).items() if k not in ("out", "tasks", "batch_tasks")})
-    todo = [r for r in records if r.id not in done]
     path = base_model_path() if args.model == "toolbox-base" else args.model
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype))
-    engine = HFEngine(model.to(args.device).eval())
     chat = ChatFormat.for_tokenizer(AutoTokenizer.from_pretrained(path), args.chat_format)
-    limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length)
-    with Progress() as progress, (out / "results.jsonl").open("a") as results:
+    context = getattr(model.config, "max_position_embeddings", None)
+    limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length, context)
+    roll = partial(
+        collect_rollouts,
+        HFEngine(model.to(args.device).eval()),
+        env,
+        chat,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    if prepare is not None:
+        for wave in prepare(out):
+            requests = max(len(record.env["requests"]) for record in wave)
+            print(f"preparing: {', '.join(record.id for record in wave)}")
+            longer = replace(
+                limits,
+                max_turns=limits.max_turns * requests,
+                max_completion_length=limits.max_completion_length * requests,
+            )
+            roll(wave, num_generations=1, limits=longer, keys=range(len(wave)))
+        records = _records(args, env)
+    assert records is not None
+    todo = [(i, r, chat.prompt(r.prompt, r.tools)) for i, r in enumerate(records) if r.id not in done]
+    long = [record.id for _, record, prompt in todo if context is not None and len(prompt) >= context]
+    if long:
+        print(
+            f"{len(long)} of {len(records)} prompts do not fit the model's context of {context} tokens and "
+            f"count as length_limit, the first is {long[0]}"
+        )
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns) as progress, Results(out) as results:
         bar = progress.add_task("tasks", total=len(records), completed=len(records) - len(todo))
-        with (out / "transcripts.jsonl").open("a") as transcripts:
-            for start in range(0, len(todo), args.batch_tasks):
-                batch = todo[start : start + args.batch_tasks]
-                rollouts = collect_rollouts(
-                    engine,
-                    env,
-                    chat,
-                    batch,
-                    num_generations=args.samples,
-                    limits=limits,
-                    temperature=args.temperature,
-                    seed=args.seed + start,
-                )
-                for record, group in zip(batch, _groups(rollouts, args.samples), strict=True):
-                    transcripts.write(
-                        json.dumps({"id": record.id, "pieces": transcript(group[0], chat)}) + "\n"
-                    )
-                    done[record.id] = _row(record, group)
-                    results.write(json.dumps(done[record.id]) + "\n")
-                transcripts.flush()
-                results.flush()
-                progress.advance(bar, len(batch))
+        for start in range(0, len(todo), args.batch_tasks):
+            keys, batch, prompts = zip(*todo[start : start + args.batch_tasks], strict=True)
+            # Draws depend on the task's place in the split, so an interrupted run ends as an uncut one.
+            rollouts = roll(batch, num_generations=args.samples, limits=limits, prompts=prompts, keys=keys)
+            for record, group in zip(batch, _groups(rollouts, args.samples), strict=True):
+                done[record.id] = results.add(record, group, chat)
+            results.flush()
+            solved = sum(row["solved"] for row in done.values()) / len(done)
+            progress.update(bar, advance=len(batch), description=f"tasks, {solved:.3f} solved")
     return [done[r.id] for r in records]
+
+
+def _records(args: argparse.Namespace, env: ToolEnv) -> list[Record]:
+    loaded = load_records(args.file, require_trace=False).records if args.file else env.records(args.split)
+    return loaded[: args.tasks] if args.tasks else loaded
 
 
 def _groups(rollouts: Sequence[Rollout], size: int) -> Iterable[Sequence[Rollout]]:
     return (rollouts[i : i + size] for i in range(0, len(rollouts), size))
 
 
+class Results:
+    """The two files that an evaluation appends to: a row a task, and a transcript a rollout."""
+
+    def __init__(self, out: Path) -> None:
+        self.files = [(out / name).open("a") for name in ("transcripts.jsonl", "results.jsonl")]
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for file in self.files:
+            file.close()
+
+    def add(self, record: Record, group: Sequence[Rollout], chat: ChatFormat) -> dict[str, Any]:
+        transcripts, results = self.files
+        for sample, rollout in enumerate(group):
+            outcome = rollout.outcome
+            assert outcome is not None
+            line = {"id": record.id, "sample": sample, "reward": outcome.reward, "failure": outcome.failure}
+            transcripts.write(json.dumps(line | {"pieces": transcript(rollout, chat)}) + "\n")
+        row = _row(record, group)
+        results.write(json.dumps(row) + "\n")
+        return row
+
+    def flush(self) -> None:
+        for file in self.files:  # transcripts first: a row that is there has its transcripts
+            file.flush()
+
+
 def _resume(out: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows of an interrupted evaluation of the same thing; another evaluation in the folder is an error."""
-    marker, results = out / "settings.json", out / "results.jsonl"
-    if marker.is_file() and json.loads(marker.read_text()) != settings:
+    marker, results, transcripts = (out / n for n in ("settings.json", "results.jsonl", "transcripts.jsonl"))
+    before = json.loads(marker.read_text()) if marker.is_file() else settings
+    other = [key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)]
+    if other:
         raise ValueError(
-            f"--out {out} holds an evaluation with other settings ({marker}): give another folder"
+            f"--out {out} holds an evaluation with another {', '.join(sorted(other))} (see {marker}): "
+            "give another folder"
         )
     marker.write_text(json.dumps(settings))
-    if not results.is_file():
-        return {}
-    lines = results.read_text().split("\n")
-    results.write_text("".join(line + "\n" for line in lines[:-1]))  # a line that was cut short is done again
-    return {row["id"]: row for row in map(json.loads, lines[:-1])}
+    rows = {row["id"]: row for row in _whole_lines(results)}
+    kept = [line for line in _whole_lines(transcripts) if line["id"] in rows]
+    for path, lines in ((results, rows.values()), (transcripts, kept)):
+        if path.is_file():
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return rows
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last one that was cut short is left out, and so done again."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
 
 def _row(record: Record, group: Sequence[Rollout]) -> dict[str, Any]:
@@ -147,36 +220,60 @@ def _row(record: Record, group: Sequence[Rollout]) -> dict[str, Any]:
     }
 
 
+def by_category(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each category, then, where there are several, of all."""
+    categories = sorted({row["category"] for row in rows})
+    groups = {name: [row for row in rows if row["category"] == name] for name in categories}
+    return groups | {"all": list(rows)} if len(categories) > 1 else {"all": list(rows)}
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the tables show, as numbers: {category: {"tasks", "solved": [mean, low, high], ...}}."""
+    out = {}
+    for category, chosen in by_category(rows).items():
+        solved = share_interval([r["solved"] for r in chosen])
+        names = sorted({name for row in chosen for name in row["scores"]})
+        out[category] = {
+            "tasks": len(chosen),
+            "solved": [solved.mean, solved.low, solved.high],
+            "reward": _mean(r["reward"] for r in chosen),
+            "calls": _mean(r["calls"] for r in chosen),
+            "scores": {name: _mean(r["scores"].get(name, 0.0) for r in chosen) for name in names},
+            "failures": {k: sum(r["failures"].get(k, 0) for r in chosen) for k in FAILURE_KINDS},
+        }
+    return out
+
+
+def _mean(values: Iterable[float]) -> float:
+    return mean_interval(list(values)).mean
+
+
 def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """Solved share, reward, calls and the environment's own scores, a line per category and one for all."""
     names = sorted({name for row in rows for name in row["scores"]})
     table = Table(title=title)
     for column in ("category", "tasks", "solved [95%]", "reward", "calls", *names):
         table.add_column(column, justify="left" if column == "category" else "right")
-    categories = sorted({row["category"] for row in rows})
-    for category in [*categories, "all"] if len(categories) > 1 else ["all"]:
-        chosen = [r for r in rows if category in ("all", r["category"])]
-        solved = share_interval([r["solved"] for r in chosen])
-        own = [mean_interval([r["scores"].get(n, 0.0) for r in chosen]).mean for n in names]
+    for category, numbers in summary(rows).items():
+        mean, low, high = numbers["solved"]
         table.add_row(
             category,
-            str(len(chosen)),
-            str(solved),
-            f"{mean_interval([r['reward'] for r in chosen]).mean:.3f}",
-            f"{mean_interval([r['calls'] for r in chosen]).mean:.2f}",
-            *(f"{value:.3f}" for value in own),
+            str(numbers["tasks"]),
+            f"{mean:.3f} [{low:.3f}, {high:.3f}]",
+            f"{numbers['reward']:.3f}",
+            f"{numbers['calls']:.2f}",
+            *(f"{numbers['scores'].get(name, 0.0):.3f}" for name in names),
         )
     return table
 
 
 def failure_table(rows: Sequence[dict[str, Any]]) -> Table:
     """How unsolved rollouts failed, by category."""
-    categories = sorted({row["category"] for row in rows})
+    groups = summary(rows)
     table = Table(title="what went wrong (rollouts)")
     table.add_column("failure")
-    for category in categories:
+    for category in groups:
         table.add_column(category, justify="right")
     for kind in FAILURE_KINDS:
-        counts = [sum(r["failures"].get(kind, 0) for r in rows if r["category"] == c) for c in categories]
-        table.add_row(kind, *map(str, counts))
+        table.add_row(kind, *(str(numbers["failures"][kind]) for numbers in groups.values()))
     return table

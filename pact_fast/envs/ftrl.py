@@ -66,6 +66,8 @@ class FtrlEnv(PythonToolsEnv):
         record = super()._prepare(record)
         if not record.env["unsolved_set"]:
             raise ValueError(f"{record.source}: record {record.id!r}: unsolved_set: is missing or empty")
+        if record.env.get("data_source"):  # as published: self/single_hop, self/multi_hop, ...
+            record.env["category"] = str(record.env["data_source"]).rsplit("/", 1)[-1]
         record.env["true_calls"] = ground_truth(record)
         if record.env["true_calls"] is None and self.settings.reward.startswith("call_matching"):
             raise ValueError(

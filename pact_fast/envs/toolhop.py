@@ -74,7 +74,11 @@ class ToolHopEnv(PythonToolsEnv):
             "prompt": [{"role": "user", "content": template.replace("{question}", row["question"])}],
             "tools": [] if self.settings.scenario == "direct" else list(row["tools"].values()),
             "expert_trace": row.get("expert_trace"),
-            "env": {"answer": str(row["answer"]), "codes": by_name(row["functions"], f"{file}:{line}")},
+            "env": {
+                "answer": str(row["answer"]),
+                "codes": by_name(row["functions"], f"{file}:{line}"),
+                "category": f"{len(row['tools'])} tools",  # one a hop
+            },
         }
         return parse_record(raw, file=file, line=line, require_trace=False)
 

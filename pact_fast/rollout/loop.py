@@ -19,11 +19,20 @@ from pact_fast.rollout.engine import Engine
 @dataclass(frozen=True)
 class RolloutLimits:
     """max_turns: assistant turns. max_completion_length: tokens after the prompt, tool responses included.
-    max_turn_length: tokens sampled in one turn."""
+    max_turn_length: tokens sampled in one turn. context_length: tokens of prompt and completion together that
+    the model can read (None: no such limit)."""
 
     max_turns: int = 10
     max_completion_length: int = 512
     max_turn_length: int = 128
+    context_length: int | None = None
+
+    def left(self, rollout: Rollout) -> int:
+        """Tokens that may still follow; 0 or less where the prompt alone fills the context."""
+        left = self.max_completion_length - len(rollout.token_ids)
+        if self.context_length is not None:
+            left = min(left, self.context_length - len(rollout.prompt) - len(rollout.token_ids))
+        return left
 
 
 @dataclass
@@ -117,8 +126,10 @@ def _run_wave(
 ) -> None:
     episodes = env.start([r.record for r in rollouts])
     engine.reset()
-    active = list(range(len(rollouts)))
-    for turn in range(limits.max_turns):
+    active = [i for i, rollout in enumerate(rollouts) if limits.left(rollout) > 0]
+    for i in set(range(len(rollouts))) - set(active):
+        rollouts[i].truncated = "length_limit"
+    for turn in range(limits.max_turns if active else 0):
         generations = engine.generate(
             [rollouts[i].prompt.ids + rollouts[i].token_ids for i in active],
             max_new_tokens=[_room(rollouts[i], limits) for i in active],
@@ -149,7 +160,7 @@ def _run_wave(
     outcomes = env.finish(episodes, [r.truncated for r in rollouts])
     for rollout, outcome in zip(rollouts, outcomes, strict=True):
         # A turn cut off by a limit has no step of its own; turn-level advantages need one value for it.
-        rollout.turn_rewards += [0.0] * (1 + max(rollout.turns) - len(rollout.turn_rewards))
+        rollout.turn_rewards += [0.0] * (1 + max(rollout.turns, default=-1) - len(rollout.turn_rewards))
         rollout.outcome = outcome
 
 
@@ -158,7 +169,7 @@ def _of_turn(seed: int, turn: int) -> int:
 
 
 def _room(rollout: Rollout, limits: RolloutLimits) -> int:
-    return min(limits.max_turn_length, limits.max_completion_length - len(rollout.token_ids))
+    return min(limits.max_turn_length, limits.left(rollout))
 
 
 def _append_reply(
@@ -172,7 +183,7 @@ def _append_reply(
         reply = chat.tool_results(result.tool_responses, turn + 1, names=names)
     if result.user_message is not None:
         reply = chat.user(result.user_message, turn + 1)
-    if len(rollout.token_ids) + len(reply) >= limits.max_completion_length:
+    if len(reply) >= limits.left(rollout):
         rollout.truncated = "length_limit"
         return False
     rollout.add_context(reply, turn)

@@ -3,8 +3,14 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast.cli import main
+from pact_fast.data.chat import ChatFormat
+from pact_fast.envs.base import make_env
+from pact_fast.evaluate import transcript
+from pact_fast.models import base_model_path
+from pact_fast.rollout import HFEngine, RolloutLimits, collect_rollouts
 
 
 def run(out, *words):
@@ -26,13 +32,43 @@ def test_eval_scores_saves_and_prints_a_table(tmp_path, capsys):
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path):
-    run(tmp_path / "whole")
-    run(tmp_path / "cut")
-    results = tmp_path / "cut" / "results.jsonl"
-    lines = results.read_text().splitlines(keepends=True)
-    results.write_text("".join(lines[:4]) + lines[4][:9])
-    run(tmp_path / "cut")
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    sampled = ["--temperature", "1.0", "--samples", "2"]
+    run(tmp_path / "whole", *sampled)
+    run(tmp_path / "cut", *sampled)
+    for name, whole_lines in (("results.jsonl", 4), ("transcripts.jsonl", 9)):
+        lines = (tmp_path / "cut" / name).read_text().splitlines(keepends=True)
+        (tmp_path / "cut" / name).write_text("".join(lines[:whole_lines]) + lines[whole_lines][:9])
+    run(tmp_path / "cut", *sampled)
+    for name in ("results.jsonl", "transcripts.jsonl", "summary.json"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+
+
+def test_tables_and_summary_tell_the_rows_by_category(tmp_path, capsys):
+    run(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    printed = capsys.readouterr().out
+    categories = {row["category"] for row in rows(tmp_path)}
+    assert set(summary) == categories | {"all"}
+    assert all(category in printed for category in categories)
+    for category, numbers in summary.items():
+        chosen = [row for row in rows(tmp_path) if category in ("all", row["category"])]
+        assert numbers["tasks"] == len(chosen)
+        assert numbers["solved"][0] == pytest.approx(sum(row["solved"] for row in chosen) / len(chosen))
+        assert sum(numbers["failures"].values()) == sum(row["solved"] < 1 for row in chosen)
+
+
+@pytest.mark.parametrize("room", [0, 9])
+def test_rollouts_stay_within_the_models_context(room):
+    env = make_env("toolbox", {})
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(base_model_path()).eval())
+    chat = ChatFormat.for_tokenizer(AutoTokenizer.from_pretrained(base_model_path()))
+    for record in env.records("test")[:3]:
+        limits = RolloutLimits(10, 512, 64, len(chat.prompt(record.prompt, record.tools)) + room)
+        (rollout,) = collect_rollouts(engine, env, chat, [record], num_generations=1, limits=limits)
+        assert len(rollout.token_ids) == rollout.num_sampled == room
+        assert rollout.outcome.failure == "length_limit"  # nine tokens hold no call
+        assert transcript(rollout, chat)[0]["role"] == "system"
+    env.close()
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, capsys):
