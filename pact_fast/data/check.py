@@ -1,7 +1,7 @@
 """`pact-fast data check FILE`: is a record file fit for training, and what will the model see?
 
-Checks every record, counts tokens by component, and shows one record coloured by component in the terminal
-and, with --html, as a page.
+Checks every record, counts tokens by component, runs the traces of records that bring Python tools (`codes`)
+through those tools, and shows one record coloured by component in the terminal and, with --html, as a page.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from rich.text import Text
 from pact_fast.data.chat import ChatFormat, Component, Tokens
 from pact_fast.data.formats import FORMAT_NAMES
 from pact_fast.data.records import LoadedRecords, Record, RecordError, check_prompt_lengths, load_records
+from pact_fast.envs.base import make_env
+from pact_fast.envs.replay import replay_traces
 from pact_fast.models import base_model_path
 
 # component -> (terminal style, HTML colours); chosen to stay apart for the colour-blind
@@ -89,10 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.html:
             arguments.html.write_text(html_page(chat, chosen), encoding="utf-8")
             console.print(f"\nwrote {arguments.html}")
+    stale = 0 if arguments.no_replay else _print_replay(console, [item.record for item in encoded])
     bad = len(loaded.skipped)
-    style = "bold red" if bad else "bold green"
-    console.print(f"\n{len(encoded)} good records, {bad} bad", style=style)
-    return 1 if bad and not arguments.skip_bad_records else 0
+    style = "bold red" if bad or stale else "bold green"
+    told = f", {stale} with a trace that its tools contradict" if stale else ""
+    console.print(f"\n{len(encoded)} good records, {bad} bad{told}", style=style)
+    return 1 if (bad or stale) and not arguments.skip_bad_records else 0
 
 
 def encode(chat: ChatFormat, record: Record) -> Encoded:
@@ -163,6 +167,38 @@ def _print_errors(console: Console, errors: Sequence[RecordError], shown: int = 
         console.print(f"... and {len(errors) - shown} more", style="red")
 
 
+def _print_replay(console: Console, records: Sequence[Record]) -> int:
+    """Runs the traces of records with Python tools; returns how many the tools contradict."""
+    own = [record for record in records if record.env.get("codes") and record.expert_trace]
+    if not own:
+        return 0
+    env = make_env("python", {})
+    try:
+        replays = replay_traces(env, own)
+    finally:
+        env.close()
+    outcomes = [replay.outcome for replay in replays if replay.outcome is not None]
+    solved = sum(outcome.solved for outcome in outcomes)
+    reward = sum(outcome.reward for outcome in outcomes) / max(1, len(outcomes))
+    stale = [replay for replay in replays if replay.differences]
+    console.print(
+        f"traces run through their tools: {len(own)}, solved {solved}, mean reward {reward:.2f}, "
+        f"contradicted {len(stale)}"
+    )
+    for replay in [r for r in replays if r.outcome is not None and not r.outcome.solved][:5]:
+        console.print(
+            f"unsolved: {replay.record.source}: record {replay.record.id!r}: answer "
+            f"{replay.record.env.get('answer')!r} is not in the trace's last message",
+            style="yellow",
+            markup=False,
+        )
+    for replay in stale[:20]:
+        where = f"{replay.record.source}: record {replay.record.id!r}"
+        text = replay.differences[0]
+        console.print(f"bad: {text if where in text else f'{where}: {text}'}", style="red", markup=False)
+    return len(stale)
+
+
 def _print_counts(console: Console, encoded: Sequence[Encoded], chat: ChatFormat) -> None:
     own = "the model's own template" if chat.own_template else "bundled template"
     console.print(f"chat format {chat.name} ({own}), {len(encoded)} records")
@@ -204,7 +240,8 @@ def _choose(encoded: Sequence[Encoded], record_id: str | None) -> Encoded | None
 def _chat(arguments: argparse.Namespace) -> ChatFormat:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    base = arguments.tokenizer == "toolbox-base"
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path() if base else arguments.tokenizer)
     return ChatFormat.for_tokenizer(tokenizer, arguments.format, segments=arguments.segments)
 
 
@@ -212,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pact-fast data check", description=__doc__)
     parser.add_argument("file", type=Path, help="records, .jsonl or .parquet")
     parser.add_argument(
-        "--tokenizer", default=str(base_model_path()), help="model folder or name (default: the bundled base)"
+        "--tokenizer", default="toolbox-base", help="model folder or name (default: the bundled base model)"
     )
     parser.add_argument("--format", default="auto", choices=FORMAT_NAMES, help="chat format")
     parser.add_argument("--segments", type=int, default=4, help="reasoning segments a turn")
@@ -220,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--html", type=Path, help="also write the shown record as a page")
     parser.add_argument("--prompt-limit", type=int, help="a longer prompt, in tokens, is a bad record")
     parser.add_argument("--no-trace", action="store_true", help="records need no expert trace")
+    parser.add_argument("--no-replay", action="store_true", help="do not run the records' own Python tools")
     parser.add_argument("--skip-bad-records", action="store_true", help="list bad records but succeed")
     return parser
 
