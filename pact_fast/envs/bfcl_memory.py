@@ -229,7 +229,7 @@ class BfclMemoryEnv:
 
     def step(self, episodes: Sequence[MemoryEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
         calling = [i for i, turn in enumerate(turns) if turn.tool_calls]
-        readable = {
+        readable: dict[int, list] = {
             i: [(c.name, [], dict(c.arguments or {})) for c in turns[i].tool_calls if c.error is None]
             for i in calling
         }

