@@ -80,9 +80,7 @@ def run(
     if q.shape[0] == 0:
         return q + 0 * (k.sum() + v.sum()), q[..., 0].float()
     if plan.impl == "torch":
-        return reference.tree_attention(
-            q, k, v, subtree_end, scale=scale, plan=plan.data, return_lse=return_lse
-        )
+        return reference.tree_attention(q, k, v, subtree_end, scale=scale, plan=plan.data)
     if plan.impl == "flex":
         from pact_fast.kernels import tree_flex
 

@@ -3,25 +3,37 @@
     token i attends to j   iff   j <= i < subtree_end[j]      (and depth[i] - depth[j] < window, if a window
     is given)
 
-The pack is cut into blocks of neighbouring queries that share all their ancestors. The keys of a block are
-those ancestors, gathered, and the block itself; each block is one dense SDPA call with a small mask. So work
-is done for visible pairs and for little else, and K/V are never repeated over the query heads of a group.
+Every query takes part in at most two dense attentions: its own block (an unbranched run, causal, or a few
+small subtrees under a mask) and, without a mask, the path above, which all siblings share and which is
+gathered once for all of them. So work is done for visible pairs and for little else, and K/V are never
+repeated over the query heads of a group. The two are merged by log-sum-exp,
+
+    lse = logaddexp(lse_own, lse_path)        out = exp(lse_own - lse) out_own + exp(lse_path - lse) out_path
+
+and the backward is exact: with P = exp(S - lse), delta = rowsum(dO * out) and the merged lse and out,
+
+    dV = P^T dO        dS = P (dO V^T - delta + d_lse)        dQ = scale dS K        dK = scale dS^T Q
+
+holds for the keys of each part alone, so the gradients of the parts add up. Saved: q, k, v, out, lse.
 
 Shapes: T packed tokens, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-BLOCK = 192  # queries a block may hold: larger wastes masked pairs, smaller gathers ancestors more often
+BLOCK = 64  # tokens of small sibling subtrees under one mask: larger wastes masked pairs, smaller makes calls
+
+Range = tuple[int, int]
 
 
-def tree_mask(subtree_end: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def tree_mask(subtree_end: Tensor, window: int | None = None) -> Tensor:
     """Dense mask [T, T] bool, True where query i (row) attends to key j (column)."""
     index = torch.arange(subtree_end.numel(), device=subtree_end.device)
     mask = (index[None] <= index[:, None]) & (index[:, None] < subtree_end[None])
@@ -41,49 +53,43 @@ def tree_attention_dense(q, k, v, subtree_end, *, scale=None, window=None):
 
 
 @dataclass(frozen=True)
-class Block:
-    """Neighbouring queries, their keys in the gathered K/V, and the mask (None: plain causal)."""
+class Part:
+    """A dense attention of neighbouring queries; all pairs are visible unless it is causal or masked."""
 
-    queries: int
-    keys: int
-    mask: torch.Tensor | None  # [queries, keys] bool
+    queries: slice  # rows of q
+    keys: tuple[slice, ...]  # rows of k and v, joined
+    causal: bool = False
+    mask: Tensor | None = None  # [queries, keys] bool
 
 
 @dataclass
 class BlockPlan:
-    """Blocks of one tree, made once, used by every layer; `gather`: packed index of all blocks' keys."""
+    """Parts of one tree, made once, used by every layer. `own` holds every query once; `path` is merged in."""
 
-    blocks: list[Block]
-    gather: torch.Tensor  # [K] int64
+    own: list[Part]
+    path: list[Part]
     window: int | None
-    _bias: dict[tuple, list] = field(default_factory=dict)
+    _bias: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def bias(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """Additive masks in the dtype of the queries, kept: SDPA would convert a bool mask on every call."""
-        if dtype not in self._bias:
-            self._bias[dtype] = [
-                None
-                if block.mask is None
-                else torch.zeros(block.mask.shape, dtype=dtype, device=block.mask.device).masked_fill_(
-                    ~block.mask, float("-inf")
-                )
-                for block in self.blocks
-            ]
-        return self._bias[dtype]
+    def bias(self, part: Part, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask of a part, kept."""
+        if part.mask is None:
+            return None
+        if (key := (id(part), dtype)) not in self._bias:
+            bias = torch.zeros(part.mask.shape, dtype=dtype, device=part.mask.device)
+            self._bias[key] = bias.masked_fill_(~part.mask, float("-inf"))
+        return self._bias[key]
 
 
-def _runs(end: list[int]) -> list[tuple[int, int]]:
-    """Unbranched runs [start, stop) of the tree in pre-order: neighbours whose subtrees end together."""
-    cuts = [i for i in range(len(end)) if i == 0 or end[i] != end[i - 1]] + [len(end)]
-    return list(pairwise(cuts))
+def _cut(end: list[int], first_query: int, block: int) -> Iterable[tuple[int, int, bool, tuple[Range, ...]]]:
+    """Blocks (start, stop, is a run, path above), in pre-order, that hold every token once.
 
-
-def _cut(end: list[int], block: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """Blocks (start, stop, ancestor ranges): sibling subtrees together if they fit, long runs in pieces."""
-    stops = dict(_runs(end))
-    out: list[tuple[int, int, list[tuple[int, int]]]] = []
-    everything: list[tuple[int, int]] = []
-    stack = [(0, len(end), everything)]  # sibling ranges still to be cut, and the path above them
+    Subtrees of up to `block` tokens join their neighbours in one block. A run never crosses `first_query`.
+    """
+    cuts = sorted({i for i in range(len(end)) if i == 0 or end[i] != end[i - 1]} | {first_query, len(end)})
+    stops = dict(pairwise(cuts))
+    root: tuple[Range, ...] = ()
+    stack = [(0, len(end), root)]  # sibling subtrees still to be cut, and the path above them
     while stack:
         at, limit, path = stack.pop()
         if at == limit:
@@ -92,94 +98,168 @@ def _cut(end: list[int], block: int) -> list[tuple[int, int, list[tuple[int, int
         while at < limit and end[at] - begin <= block:
             at = end[at]
         if at > begin:
-            out.append((begin, at, path))
-        else:
-            at, stop = end[begin], stops[begin]
-            if path:
-                for piece in range(begin, stop, block):
-                    out.append((piece, min(piece + block, stop), [*path, (begin, piece)]))
-            else:
-                out.append((begin, stop, path))
-            stack.append((at, limit, path))  # later siblings, after the children
-            at, limit, path = stop, at, [*path, (begin, stop)]
-        stack.append((at, limit, path))
-    return out
+            yield begin, at, stops[begin] == at, path
+            stack.append((at, limit, path))
+            continue
+        stop = stops[begin]
+        yield begin, stop, True, path
+        stack.append((end[begin], limit, path))  # later siblings, after the children
+        joined = path and path[-1][1] == begin
+        below = (*path[:-1], (path[-1][0], stop)) if joined else (*path, (begin, stop))
+        stack.append((stop, end[begin], below))
 
 
 def block_plan(
-    subtree_end: torch.Tensor, *, window: int | None = None, first_query: int = 0, block: int = BLOCK
+    subtree_end: Tensor, *, window: int | None = None, first_query: int = 0, block: int = BLOCK
 ) -> BlockPlan:
-    """Cut a tree into blocks. `subtree_end` [T] int32 must be a tree (see `TreePack.check`).
+    """Cut a tree into parts. `subtree_end` [T] int32 must be a tree (see `TreePack.check`).
 
     `first_query`: queries are the tokens from here on only.
     """
-    device = subtree_end.device
     ends = subtree_end.cpu().long()
-    pieces, blocks = [], []
-    depth = None
-    if window is not None:
-        # tokens whose interval is still open at i, less itself
-        closed = torch.bincount(ends, minlength=ends.numel() + 1).cumsum(0)[: ends.numel()]
-        depth = torch.arange(ends.numel()) - closed
-    for start, stop, path in _cut(ends.tolist(), block):
+    # tokens whose interval is still open at i, less itself
+    depth = torch.arange(ends.numel()) - torch.bincount(ends, minlength=1).cumsum(0)[: ends.numel()]
+    own: list[Part] = []
+    groups: list[tuple[int, int, tuple[Range, ...]]] = []
+    for start, stop, is_run, path in _cut(ends.tolist(), first_query, block):
         if stop <= first_query:
             continue
-        own = torch.arange(start, stop)
-        rows = own[max(first_query - start, 0) :]
-        index = torch.cat([*(torch.arange(a, b) for a, b in path), own])
+        first = max(start, first_query)
+        queries = slice(first - first_query, stop - first_query)
+        keys = (slice(start, stop),)
         mask = None
-        if rows.numel() < index.numel() or window is not None or not bool((ends[own] >= stop).all()):
-            mask = torch.ones(rows.numel(), index.numel(), dtype=torch.bool)
-            visible = (own[None] <= rows[:, None]) & (rows[:, None] < ends[own][None])
-            mask[:, index.numel() - own.numel() :] = visible
-            if depth is not None:
-                mask &= depth[rows][:, None] - depth[index][None] < window
-            mask = mask.to(device)
-        pieces.append(index)
-        blocks.append(Block(rows.numel(), index.numel(), mask))
-    gather = torch.cat(pieces) if pieces else ends
-    return BlockPlan(blocks, gather.to(device), window)
+        if window is not None:  # one part a query: what a window leaves of a path differs from row to row
+            keys = (*(slice(*r) for r in path), *keys)
+            mask = _visible(first, stop, keys, ends, depth, window)
+        elif not is_run or first > start:
+            mask = _visible(first, stop, keys, ends, depth, None)
+        own.append(Part(queries, keys, mask is None, None if mask is None else mask.to(subtree_end.device)))
+        if path and window is None:
+            if groups and groups[-1][1:] == (first, path):
+                first = groups.pop()[0]
+            groups.append((first, stop, path))
+    paths = [
+        Part(slice(first - first_query, stop - first_query), tuple(slice(*r) for r in path))
+        for first, stop, path in groups
+    ]
+    return BlockPlan(own, paths, window)
 
 
-def tree_attention(
-    q, k, v, subtree_end, *, scale=None, window=None, plan: BlockPlan | None = None, return_lse=False
-):
-    """(out [T, Hq, D] in the dtype of `q`, lse [T, Hq] or None); differentiable in q, k and v [T, Hkv, D].
+def _visible(
+    first: int, stop: int, keys: tuple[slice, ...], ends: Tensor, depth: Tensor, window: int | None
+) -> Tensor:
+    """Mask [stop - first, keys] of the queries [first, stop)."""
+    rows = torch.arange(first, stop)[:, None]
+    columns = torch.cat([torch.arange(key.start, key.stop) for key in keys])
+    mask = (columns <= rows) & (rows < ends[columns])
+    if window is not None:
+        mask &= depth[rows] - depth[columns] < window
+    return mask
+
+
+def tree_attention(q, k, v, subtree_end, *, scale=None, window=None, plan: BlockPlan | None = None):
+    """(out [T, Hq, D] in the dtype of `q`, lse [T, Hq], fp32 at least); differentiable in q, k and v.
 
     `plan`: the `block_plan` of the same tree, where one is kept; else it is made here.
     """
     if plan is None:
         plan = block_plan(subtree_end, window=window)
-    kv_heads, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
-    keys = k.index_select(0, plan.gather)
-    values = v.index_select(0, plan.gather)
-    queries = q.unflatten(1, (kv_heads, group))
-    sizes = [block.keys for block in plan.blocks]
-    out, lse = [], []
-    for q_block, k_block, v_block, bias in zip(
-        queries.split([block.queries for block in plan.blocks]),
-        keys.split(sizes),
-        values.split(sizes),
-        plan.bias(q.dtype),
-        strict=True,
-    ):
-        rows = k_block.shape[0]
-        heads_first = (
-            q_block.permute(1, 2, 0, 3),  # [Hkv, G, n, D]
-            k_block.transpose(0, 1)[:, None].expand(kv_heads, group, rows, dim),
-            v_block.transpose(0, 1)[:, None].expand(kv_heads, group, rows, dim),
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    queries = q.unflatten(1, (k.shape[1], -1))  # [T, Hkv, G, D]
+    out, lse = _TreeAttention.apply(queries, k, v, plan, scale)
+    return out.flatten(1, 2), lse.flatten(1)
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan: BlockPlan, scale: float):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+        for part in plan.own:
+            out[part.queries], lse[part.queries] = _attend(q, k, v, part, plan.bias(part, dtype), scale)
+        for part in plan.path:
+            o, l = _attend(q, k, v, part, None, scale)
+            so_far = lse[part.queries]
+            out[part.queries].lerp_(o.to(dtype), torch.sigmoid(l - so_far)[..., None])
+            torch.logaddexp(so_far, l, out=so_far)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        q, k, v, out, lse = ctx.saved_tensors
+        dim = q.shape[-1]
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        if d_lse is not None:  # a column more: v there is 1, so dO V^T - delta gains d_lse
+            q, k, v, out, d_out = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v, out, d_out))
+            v[..., dim], d_out[..., dim] = 1, d_lse
+        dtype = lse.dtype
+        dq = torch.empty(q.shape, dtype=dtype, device=q.device)
+        dk, dv = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
+        saved = q, k, v, out, lse, d_out
+        for part in ctx.plan.own:
+            dq[part.queries] = _add_gradients(saved, dk, dv, part, ctx.plan.bias(part, dtype), ctx.scale)
+        for part in ctx.plan.path:
+            dq[part.queries] += _add_gradients(saved, dk, dv, part, None, ctx.scale)
+        return *(grad[..., :dim].to(q.dtype) for grad in (dq, dk, dv)), None, None
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[n, Hkv, G, ...] as [Hkv, G, n, ...]."""
+    return x.movedim(0, 2)
+
+
+def _gather(x: Tensor, part: Part, group: int) -> Tensor:
+    """Rows of k or v of a part as [Hkv, G, m, D], not copied for the heads of a group."""
+    rows = x[part.keys[0]] if len(part.keys) == 1 else torch.cat([x[key] for key in part.keys])
+    return rows.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+
+
+def _attend(q, k, v, part: Part, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """out [n, Hkv, G, D] and lse [n, Hkv, G] of one part."""
+    queries, (keys, values) = _heads_first(q[part.queries]), (_gather(x, part, q.shape[2]) for x in (k, v))
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, part.causal, attn_mask=bias, scale=scale
         )
-        o = F.scaled_dot_product_attention(*heads_first, attn_mask=bias, is_causal=bias is None, scale=scale)
-        out.append(o.permute(2, 0, 1, 3).flatten(1, 2))
-        if return_lse:
-            lse.append(_block_lse(*heads_first[:2], bias, scale).permute(2, 0, 1).flatten(1))
-    return torch.cat(out), torch.cat(lse) if return_lse else None
+    else:
+        score = _scores(queries, keys, part, bias, scale)
+        lse = score.logsumexp(-1)
+        out = (score - lse[..., None]).exp() @ values.to(score.dtype)
+    return out.movedim(2, 0), lse.movedim(2, 0)
 
 
-def _block_lse(q, k, bias, scale):
-    """Log-sum-exp [Hkv, G, n] of the scores of one block, which SDPA does not return; fp32 at least."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    score = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is None:
-        bias = torch.full(score.shape[-2:], float("-inf"), dtype=dtype, device=q.device).triu(1)
-    return (score + bias.to(dtype)).logsumexp(-1)
+def _add_gradients(saved, dk, dv, part: Part, bias: Tensor | None, scale: float) -> Tensor:
+    """dQ [n, Hkv, G, D] of one part; its dK and dV are added to `dk` and `dv` [T, Hkv, D]."""
+    q, k, v, *rest = saved
+    queries, (keys, values) = _heads_first(q[part.queries]), (_gather(x, part, q.shape[2]) for x in (k, v))
+    out, lse, d_out = (_heads_first(x[part.queries]) for x in rest)
+    if q.device.type == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, queries, keys, values, out, lse, 0.0, part.causal, attn_mask=bias, scale=scale
+        )
+    else:
+        weight = (_scores(queries, keys, part, bias, scale) - lse[..., None]).exp()
+        d_out = d_out.to(weight.dtype)
+        d_score = weight * (d_out @ values.to(weight.dtype).mT - (d_out * out).sum(-1, keepdim=True)) * scale
+        grads = d_score @ keys.to(weight.dtype), d_score.mT @ queries.to(weight.dtype), weight.mT @ d_out
+    for total, grad in ((dk, grads[1]), (dv, grads[2])):
+        pieces = grad.sum(1).transpose(0, 1).split([key.stop - key.start for key in part.keys])
+        for key, piece in zip(part.keys, pieces, strict=True):
+            total[key] += piece
+    return grads[0].movedim(2, 0)
+
+
+def _scores(queries, keys, part: Part, bias: Tensor | None, scale: float) -> Tensor:
+    """Masked scores [Hkv, G, n, m], fp32 at least: what the CPU kernels do without writing it down."""
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    score = queries.to(dtype) @ keys.to(dtype).mT * scale
+    if part.causal:
+        above = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1)
+        score = score.masked_fill(above, float("-inf"))
+    return score if bias is None else score + bias

@@ -23,9 +23,9 @@ def mutate_masks(monkeypatch, change):
 
     def mutated(*args, **kwargs):
         plan = original(*args, **kwargs)
-        for block in plan.blocks:
-            if block.mask is not None:
-                change(block.mask)
+        for part in plan.own:
+            if part.mask is not None:
+                change(part.mask)
         return plan
 
     monkeypatch.setattr(reference, "block_plan", mutated)

@@ -52,7 +52,7 @@ def test_torch_equals_the_definition(seed, window, block, heads):
     pack = pack_tree(random_sequences(seed, count=1 + seed % 8))
     q, k, v = inputs(pack.num_tokens, *heads, dtype=torch.float64, seed=seed)
     plan = reference.block_plan(pack.subtree_end, window=window, block=block)
-    out, lse = reference.tree_attention(q, k, v, pack.subtree_end, plan=plan, return_lse=True)
+    out, lse = reference.tree_attention(q, k, v, pack.subtree_end, plan=plan)
     d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
     want = oracle(q, k, v, pack.subtree_end, d_out, d_lse, window)
     got = [out, lse, *torch.autograd.grad([out, lse], [q, k, v], [d_out, d_lse])]
