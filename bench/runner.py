@@ -126,6 +126,21 @@ def times(runs: dict[str, Run], device: str, seconds: float) -> dict[str, list[f
     return samples
 
 
+def cpu_times(runs: dict[str, Run], seconds: float, least: int = 5) -> tuple[dict[str, list[float]], ...]:
+    """Milliseconds on the wall, and of the processor, which other load hardly touches; runs in turn."""
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    used: dict[str, list[float]] = {name: [] for name in runs}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < least or (time.perf_counter() - begin < seconds and rounds < 50):
+        for name, run in runs.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            run()
+            used[name].append((time.process_time() - cpu) * 1e3)
+            wall[name].append((time.perf_counter() - start) * 1e3)
+        rounds += 1
+    return wall, used
+
+
 def memory(run: Run) -> dict[str, float]:
     """GiB: the peak of one call, inputs included; and what it takes beyond inputs and outputs."""
     free()

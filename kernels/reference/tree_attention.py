@@ -28,7 +28,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BLOCK = 64  # tokens of small sibling subtrees under one mask: larger wastes masked pairs, smaller makes calls
+BLOCK = 128  # queries under one mask: more wastes masked pairs, fewer makes more calls
+LONG_RUN = 1024  # SDPA's causal CPU kernel computes all pairs up to 512 tokens, but few in vain from here on
 
 Range = tuple[int, int]
 
@@ -64,7 +65,7 @@ class Part:
 
 @dataclass
 class BlockPlan:
-    """Parts of one tree, made once, used by every layer. `own` holds every query once; `path` is merged in."""
+    """Parts of one tree, made once, used by every layer: `own` holds every query, `path` is merged in."""
 
     own: list[Part]
     path: list[Part]
@@ -125,15 +126,12 @@ def block_plan(
         if stop <= first_query:
             continue
         first = max(start, first_query)
-        queries = slice(first - first_query, stop - first_query)
-        keys = (slice(start, stop),)
-        mask = None
-        if window is not None:  # one part a query: what a window leaves of a path differs from row to row
-            keys = (*(slice(*r) for r in path), *keys)
-            mask = _visible(first, stop, keys, ends, depth, window)
-        elif not is_run or first > start:
-            mask = _visible(first, stop, keys, ends, depth, None)
-        own.append(Part(queries, keys, mask is None, None if mask is None else mask.to(subtree_end.device)))
+        for a, b in _pieces(first, stop, block) if is_run and window is None else [(first, stop)]:
+            above = path if window is not None else ()  # with a window, what is left of a path differs by row
+            keys = tuple(slice(*r) for r in (*above, (start, b if is_run else stop)))
+            causal = is_run and a == start and window is None
+            mask = None if causal else _visible(a, b, keys, ends, depth, window).to(subtree_end.device)
+            own.append(Part(slice(a - first_query, b - first_query), keys, causal, mask))
         if path and window is None:
             if groups and groups[-1][1:] == (first, path):
                 first = groups.pop()[0]
@@ -143,6 +141,12 @@ def block_plan(
         for first, stop, path in groups
     ]
     return BlockPlan(own, paths, window)
+
+
+def _pieces(start: int, stop: int, block: int) -> list[Range]:
+    """A run in equal pieces of at most `block` tokens, or whole where it is long."""
+    count = 1 if stop - start > LONG_RUN else -(-(stop - start) // block)
+    return list(pairwise([start + (stop - start) * i // count for i in range(count + 1)]))
 
 
 def _visible(

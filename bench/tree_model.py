@@ -1,0 +1,197 @@
+"""A model on token trees: training step and scoring pass, beside the usual packed form and one by one."""
+
+import torch
+from runner import cpu_times, memory, times
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from tree_common import CONTEXTS, DEVICE, DTYPE, GPU, SWEEP, Geometry, Rows, free
+
+from pact_fast import (
+    Policy,
+    TreePack,
+    context_logprobs,
+    linear_logprob,
+    linear_pact_loss,
+    pack_linear,
+    pack_tree,
+)
+from pact_fast.build import keep_freed_memory
+
+H100_BF16_FLOPS = 989e12  # dense, from the data sheet
+
+
+def make_model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    if GPU:
+        sizes = {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+        }
+        heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    else:
+        sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = Qwen3Config(**sizes, **heads, max_position_embeddings=32768, tie_word_embeddings=True)
+    with torch.device(DEVICE):
+        return Qwen3ForCausalLM(config).to(DTYPE)
+
+
+def rows_of(pack: TreePack, starts: list[int]) -> torch.Tensor:
+    """Packed tokens that carry a loss, each once."""
+    return torch.cat([index[start:] for index, start in zip(pack.token_index, starts, strict=True)]).unique()
+
+
+def loss_of(policy: Policy, pack: TreePack, starts: list[int], total: int) -> torch.Tensor:
+    rows = rows_of(pack, starts)
+    weight = torch.full((rows.numel(),), 1 / total, device=DEVICE)
+    return linear_pact_loss(
+        policy.hidden(pack), policy.head.weight, pack.input_ids[rows], row_index=pack.parent[rows],
+        policy_weight=weight, advantages=torch.ones_like(weight), sft_weight=0.1 * weight,
+    ).loss  # fmt: skip
+
+
+def train_steps(policy: Policy, sequences, starts):
+    """name -> forward, loss and backward over all sequences; both have the same rows and weights."""
+    total = sum(len(s) - start for s, start in zip(sequences, starts, strict=True))
+
+    def step(packs):
+        policy.model.zero_grad(set_to_none=True)
+        loss = 0.0
+        for pack, begin in packs:
+            value = loss_of(policy, pack, begin, total)
+            value.backward()
+            loss = loss + value.detach()
+        return {"loss": loss, "grad": policy.model.model.layers[0].self_attn.q_proj.weight.grad}
+
+    tree = pack_tree(sequences).to(DEVICE)
+    runs = {"pact_fast/tree": lambda: step([(tree, starts)])}
+    # The usual packed form, same kernels: as many whole sequences as give a pack of the tree's size.
+    packs, begin = [], 0
+    while begin < len(sequences):
+        stop = begin + 1
+        while stop < len(sequences) and sum(map(len, sequences[begin : stop + 1])) <= tree.num_tokens:
+            stop += 1
+        packs.append((pack_linear(sequences[begin:stop]).to(DEVICE), starts[begin:stop]))
+        begin = stop
+    runs["pact_fast/packed"] = lambda: step(packs)
+    runs["transformers/sdpa_one_by_one"] = lambda: plain_step(policy, sequences, starts, total)
+    return runs, tree, sum(pack.num_tokens for pack, _ in packs)
+
+
+def plain_step(policy: Policy, sequences, starts, total: int):
+    """Every sequence alone through transformers' own SDPA attention, with our loss head."""
+    model = policy.model
+    model.zero_grad(set_to_none=True)
+    loss = 0.0
+    for sequence, start in zip(sequences, starts, strict=True):
+        ids = torch.as_tensor(sequence, device=DEVICE)
+        hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        weight = torch.full((len(sequence) - start,), 1 / total, device=DEVICE)
+        value = linear_pact_loss(
+            hidden[start - 1 : -1], policy.head.weight, ids[start:], policy_weight=weight,
+            advantages=torch.ones_like(weight), sft_weight=0.1 * weight,
+        ).loss  # fmt: skip
+        value.backward()
+        loss = loss + value.detach()
+    return {"loss": loss, "grad": model.model.layers[0].self_attn.q_proj.weight.grad}
+
+
+def scoring_passes(policy: Policy, geometry: Geometry, vocab: int):
+    sequences, starts = geometry.sequences("score", vocab)
+    half = geometry.group
+    x, shown = sequences[0][: geometry.x], sequences[half][: geometry.x + geometry.h]
+    rollouts = [s[start:] for s, start in zip(sequences[:half], starts, strict=False)]
+
+    @torch.no_grad()
+    def tree():
+        return {
+            "logprobs": torch.cat([y for side in context_logprobs(policy, x, shown, rollouts) for y in side])
+        }
+
+    @torch.no_grad()
+    def plain():
+        out = []
+        for sequence, start in zip(sequences, starts, strict=True):
+            ids = torch.as_tensor(sequence, device=DEVICE)
+            hidden = policy.model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            out.append(linear_logprob(hidden[start - 1 : -1], policy.head.weight, ids[start:]))
+        return {"logprobs": torch.cat(out)}
+
+    @torch.no_grad()
+    def packed():
+        out = []
+        for part in (slice(0, half), slice(half, None)):
+            pack = pack_linear(sequences[part]).to(DEVICE)
+            rows = torch.cat([i[start:] for i, start in zip(pack.token_index, starts[part], strict=True)])
+            hidden = policy.hidden(pack)[rows - 1]
+            out.append(linear_logprob(hidden, policy.head.weight, pack.input_ids[rows]))
+        return {"logprobs": torch.cat(out)}
+
+    return {"pact_fast/tree": tree, "pact_fast/packed": packed, "transformers/sdpa_one_by_one": plain}
+
+
+def check_equal(runs) -> None:
+    """RuntimeError unless all variants give the same outputs."""
+    names = list(runs)
+    want = {key: value.float().clone() for key, value in runs[names[-1]]().items()}
+    for name in names[:-1]:
+        for key, value in runs[name]().items():
+            error = ((value.float() - want[key]).norm() / want[key].norm()).item()
+            # bf16 noise of 28 layers on a gradient; a wrong mask is off by its own size
+            if not error < ((0.15 if key == "grad" else 2e-2) if GPU else 1e-4):
+                raise RuntimeError(f"{name}: {key} differs from {names[-1]} by {error:.1e}")
+
+
+def model_flops(model, pack: TreePack, rows: int, passes: int) -> float:
+    """Useful operations of a pack: matrix weights, visible pairs, the head's rows; a backward counts 2."""
+    c = model.config
+    weights = sum(p.numel() for n, p in model.model.named_parameters() if p.dim() == 2 and "embed" not in n)
+    pairs = int((pack.position_ids + 1).sum())
+    attention = 4 * pairs * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    return passes * (2 * weights * pack.num_tokens + attention + 2 * rows * c.hidden_size * c.vocab_size)
+
+
+def bench_model(seconds: float, least: int = 5) -> list[dict[str, object]]:
+    rows = Rows()
+    if not GPU:
+        keep_freed_memory()  # of all variants alike, as the trainer does
+    model = make_model()
+    policy = Policy(model, gradient_checkpointing=GPU)  # a long one-by-one pass does not fit without it
+    vocab = model.config.vocab_size
+    for geometry in SWEEP:
+        for contexts in CONTEXTS:
+            sequences, starts = geometry.sequences(contexts, vocab)
+            runs, tree, packed_tokens = train_steps(policy, sequences, starts)
+            shape = f"{geometry} {contexts} tree={tree.num_tokens} packed={packed_tokens}"
+            flops = model_flops(model, tree, rows_of(tree, starts).numel(), 3)
+            measure_model(rows, "train_step", shape, runs, seconds, flops, least)
+            free()
+        runs = scoring_passes(policy, geometry, vocab)
+        sequences, starts = geometry.sequences("score", vocab)
+        tree = pack_tree(sequences).to(DEVICE)
+        flops = model_flops(model, tree, rows_of(tree, starts).numel(), 1)
+        shape = f"{geometry} tree={tree.num_tokens}"
+        measure_model(rows, "score_both_contexts", shape, runs, seconds, flops, least)
+        model.zero_grad(set_to_none=True)
+        free()
+    return rows.rows
+
+
+def measure_model(rows: Rows, op: str, shape: str, runs, seconds: float, flops: float, least: int) -> None:
+    check_equal(runs)
+    if GPU:
+        kinds = {"time": times(runs, DEVICE, seconds)}
+    else:
+        kinds = dict(zip(("time", "processor time"), cpu_times(runs, seconds, least), strict=True))
+    for what, samples in kinds.items():
+        ours = samples["pact_fast/tree"]
+        for name, values in samples.items():
+            rows.add(op, name, "whole", shape, what, "ms", values)
+            ratios = [a / b for a, b in zip(values, ours, strict=True)]  # of neighbours in time
+            rows.add(op, name, "whole", shape, f"{what} over the tree's", "x", ratios)
+    if GPU:
+        for name, values in kinds["time"].items():
+            used = [flops / (ms / 1e3) / H100_BF16_FLOPS for ms in values]
+            rows.add(op, name, "whole", shape, "useful share of 989 TFLOP/s", "", used)
+            rows.add(op, name, "whole", shape, "peak_memory", "GiB", [memory(runs[name])["peak_memory"]])
