@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 CONFIG ?= configs/toolbox.yaml
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-.PHONY: setup train test check bench gpu format
+.PHONY: setup train test check bench bench-cpu gpu format
 
 setup: $(VENV)/.done
 
@@ -30,6 +30,9 @@ format: setup
 
 bench: setup
 	$(VENV)/bin/pact-fast bench $(ARGS)
+
+bench-cpu: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q bench --benchmark-only --benchmark-columns=median,iqr $(ARGS)
 
 gpu:
 	bash bench/gpu.sh $(ARGS)

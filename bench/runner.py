@@ -99,12 +99,35 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def timed(run: Run, device: str, scratch: torch.Tensor | None) -> float:
-    """Milliseconds of one call, with a cold L2 on a GPU."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
+def timings(
+    runs: dict[str, Run], device: str, seconds: float, least: int = 5
+) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds per kind of time and run; on a CPU also the processor's time, which load hardly touches.
+
+    All runs in turn, round after round, so that drift of clocks, temperature and load meets all alike.
+    """
+    kinds = ("time",) if device != "cpu" else ("time", "processor time")
+    samples: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in runs} for kind in kinds}
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device != "cpu" else None
+    start, rounds = time.perf_counter(), 0
+    while rounds < least or (time.perf_counter() - start < seconds and rounds < 50):
+        for name, run in runs.items():
+            measured = cpu_timed(run) if scratch is None else (gpu_timed(run, scratch),)
+            for kind, ms in zip(kinds, measured, strict=True):
+                samples[kind][name].append(ms)
+        rounds += 1
+    return samples
+
+
+def cpu_timed(run: Run) -> tuple[float, float]:
+    """Milliseconds of one call on the wall, and of the processor."""
+    wall, used = time.perf_counter(), time.process_time()
+    run()
+    return (time.perf_counter() - wall) * 1e3, (time.process_time() - used) * 1e3
+
+
+def gpu_timed(run: Run, scratch: torch.Tensor) -> float:
+    """Milliseconds of one call with a cold L2, which writing `scratch` empties."""
     scratch.zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -112,33 +135,6 @@ def timed(run: Run, device: str, scratch: torch.Tensor | None) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
-
-
-def times(runs: dict[str, Run], device: str, seconds: float) -> dict[str, list[float]]:
-    """All providers in turn, round after round, so that drift of clocks and temperature meets all alike."""
-    scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device != "cpu" else None
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    start, rounds = time.perf_counter(), 0
-    while rounds < 5 or (time.perf_counter() - start < seconds and rounds < 50):
-        for name, run in runs.items():
-            samples[name].append(timed(run, device, scratch))
-        rounds += 1
-    return samples
-
-
-def cpu_times(runs: dict[str, Run], seconds: float, least: int = 5) -> tuple[dict[str, list[float]], ...]:
-    """Milliseconds on the wall, and of the processor, which other load hardly touches; runs in turn."""
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    used: dict[str, list[float]] = {name: [] for name in runs}
-    begin, rounds = time.perf_counter(), 0
-    while rounds < least or (time.perf_counter() - begin < seconds and rounds < 50):
-        for name, run in runs.items():
-            start, cpu = time.perf_counter(), time.process_time()
-            run()
-            used[name].append((time.process_time() - cpu) * 1e3)
-            wall[name].append((time.perf_counter() - start) * 1e3)
-        rounds += 1
-    return wall, used
 
 
 def memory(run: Run) -> dict[str, float]:
@@ -176,8 +172,13 @@ def measure(
         row |= {"p20": f"{marks[0]:.4g}", "p50": f"{statistics.median(values):.4g}", "p80": f"{marks[3]:.4g}"}
         rows.append(row | where)
 
-    for name, samples in times(runs, device, seconds).items():
-        add(name, "time", "ms", samples)
+    floor = next((name for name in runs if name.startswith("gemms/")), None)
+    for what, samples in timings(runs, device, seconds).items():
+        for name, values in samples.items():
+            add(name, what, "ms", values)
+            if floor and name != floor:  # of neighbours in time
+                ratios = [a / b for a, b in zip(values, samples[floor], strict=True)]
+                add(name, f"{what} over the bare GEMMs", "x", ratios)
     if device != "cpu":
         for name, run in runs.items():
             for metric, value in memory(run).items():

@@ -31,4 +31,5 @@ def test_benchmark(benchmark, op, shape, mode, name):
         run = op.providers[name](op.make_inputs(shape, torch.float32, "cpu"), mode)
     except (Unavailable, NotImplementedError) as error:
         pytest.skip(str(error))
+    benchmark.group = f"{op.name} {mode} {shape}"
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

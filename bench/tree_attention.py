@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from runner import cpu_times, times
+from runner import timings
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
@@ -169,8 +169,7 @@ def bench_attention(seconds: float, least: int = 5) -> list[dict[str, object]]:
             shape = f"{model} {geometry} T={pack.num_tokens}"
             for mode, factor in (("forward", 1.0), ("backward", 2.5), ("forward+backward", 3.5)):
                 runs = attention_runs(providers, (q, k, v), mode)
-                timed = times(runs, DEVICE, seconds) if GPU else cpu_times(runs, seconds, least)[1]
-                for name, samples in timed.items():
+                for name, samples in timings(runs, DEVICE, seconds, least)[what].items():
                     rows.add("tree_attention", name, mode, shape, what, "ms", samples)
                     rates = [factor * flops / ms / 1e9 for ms in samples]
                     rows.add("tree_attention", name, mode, shape, "effective", "TFLOP/s", rates)

@@ -43,7 +43,7 @@ def _types(names: list[str], constants: dict, dtype: str, block: list[int]) -> d
 def tree_cases(dtype: str, head_dim: int, *, window: bool = False) -> Iterator[Case]:
     for arch, instruction in TENSOR_CORES.items():
         for name, kernel in KERNELS.items():
-            tile: Tile = getattr(choose_tiles(head_dim, TORCH_TYPES[dtype], (arch // 10, 0)), name)
+            tile: Tile = getattr(choose_tiles(head_dim, TORCH_TYPES[dtype], (arch // 10, 0), window), name)
             block_d = kernels._block_d(head_dim)
             constants = {"HEADS": HEADS, "KV_HEADS": HEADS // GROUP, "GROUP": GROUP, "D": head_dim}
             constants |= {"BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}

@@ -1,7 +1,7 @@
 """A model on token trees: training step and scoring pass, beside the usual packed form and one by one."""
 
 import torch
-from runner import cpu_times, memory, times
+from runner import memory, timings
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from tree_common import CONTEXTS, DEVICE, DTYPE, GPU, SWEEP, Geometry, Rows, free
 
@@ -180,10 +180,7 @@ def bench_model(seconds: float, least: int = 5) -> list[dict[str, object]]:
 
 def measure_model(rows: Rows, op: str, shape: str, runs, seconds: float, flops: float, least: int) -> None:
     check_equal(runs)
-    if GPU:
-        kinds = {"time": times(runs, DEVICE, seconds)}
-    else:
-        kinds = dict(zip(("time", "processor time"), cpu_times(runs, seconds, least), strict=True))
+    kinds = timings(runs, DEVICE, seconds, least)
     for what, samples in kinds.items():
         ours = samples["pact_fast/tree"]
         for name, values in samples.items():

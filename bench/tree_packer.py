@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from runner import cpu_times
+from runner import timings
 from tree_common import Rows
 
 from pact_fast import pack_tree
@@ -29,11 +29,11 @@ def bench_packer(seconds: float, least: int = 5) -> list[dict[str, object]]:
     with at_most_cores(2):
         for run in runs.values():
             run()
-        wall, used = cpu_times(runs, seconds, least)
-    for metric, times in (("throughput", wall), ("throughput by processor time", used)):
-        for name, values in times.items():
+        kinds = timings(runs, "cpu", seconds, least)
+    for what, samples in kinds.items():
+        for name, values in samples.items():
             rates = [total / ms / 1e3 for ms in values]
-            rows.add("pack_tree", name, "whole", "2048 x 5000", metric, "Mtoken/s", rates)
+            rows.add("pack_tree", name, "whole", "2048 x 5000", f"tokens over {what}", "Mtoken/s", rates)
     return rows.rows
 
 

@@ -416,7 +416,7 @@ def tree_attention(
         q = torch.cat((q.new_zeros(first, *q.shape[1:]), q))  # rows of tiles that no program visits
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    tiles = tiles or choose_tiles(head_dim, q.dtype, capability)
+    tiles = tiles or choose_tiles(head_dim, q.dtype, capability, plan.window is not None)
     scale = head_dim**-0.5 if scale is None else scale
     lists = [*plan.lists(tiles.fwd), *plan.lists(tiles.dq), plan.key_order(tiles.dkv)]
     flat = [size for tile in tiles for size in tile]

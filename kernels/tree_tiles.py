@@ -34,6 +34,8 @@ _SM90 = {
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
     256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
+# With a window the depths need registers, too: dK/dV at 64x128 spills 8 bytes with triton 3.6.
+_SM90_WINDOW = {128: _SM90[128]._replace(dkv=Tile(64, 64, 8, 2))}
 _SM80 = {
     64: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
@@ -43,13 +45,17 @@ _FP32 = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))  # che
 _INTERPRETER = Tiles(Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))
 
 
-def choose_tiles(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
+def choose_tiles(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, window: bool = False
+) -> Tiles:
     """Tiles by shape and architecture, never by timing. `capability` None: the interpreter on a CPU."""
     if capability is None:
         return _INTERPRETER
     if dtype == torch.float32:
         return _FP32
     table = _SM90 if capability[0] in (9, 10) else _SM80
+    if table is _SM90 and window:
+        table = _SM90 | _SM90_WINDOW
     return table[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
 
 

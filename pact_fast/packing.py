@@ -113,13 +113,18 @@ def _as_array(sequence, s: int) -> np.ndarray:
         raise ValueError(
             f"sequences[{s}] must be a flat list or tensor of token ids, got {array.dtype} {array.shape}"
         )
-    array = np.ascontiguousarray(array, dtype=np.int64)
-    if array.min() < 0:
-        i = int(np.argmax(array < 0))
-        raise ValueError(
-            f"sequences[{s}][{i}] = {array[i]}: token ids cannot be negative (labels such as -100 are not)"
-        )
-    return array
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _refuse_negative(input_ids: np.ndarray, arrays: list[np.ndarray]) -> None:
+    """ValueError naming the sequence, if the packed ids, which hold every token of `arrays`, are not ids."""
+    if not input_ids.size or input_ids.min() >= 0:
+        return
+    s = next(s for s, array in enumerate(arrays) if array.size and array.min() < 0)
+    i = int(np.argmax(arrays[s] < 0))
+    raise ValueError(
+        f"sequences[{s}][{i}] = {arrays[s][i]}: token ids cannot be negative (labels such as -100 are not)"
+    )
 
 
 class _Trie:
@@ -244,6 +249,7 @@ def pack_tree(sequences: Sequence[Sequence[int] | torch.Tensor], *, impl: str = 
     else:
         *fields, indices = _pack_numpy(arrays)
         token_index = tuple(torch.from_numpy(index) for index in indices)
+    _refuse_negative(fields[0], arrays)
     input_ids, position_ids, subtree_end = map(torch.from_numpy, fields)
     return TreePack(input_ids, position_ids, subtree_end, tuple(token_index) if arrays else ())
 
@@ -255,8 +261,10 @@ def pack_linear(sequences: Sequence[Sequence[int] | torch.Tensor]) -> TreePack:
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if arrays else 0
     token_index = torch.arange(total).split(lengths.tolist()) if arrays else ()
+    input_ids = np.concatenate([np.empty(0, np.int64), *arrays])
+    _refuse_negative(input_ids, arrays)
     return TreePack(
-        torch.from_numpy(np.concatenate([np.empty(0, np.int64), *arrays])),
+        torch.from_numpy(input_ids),
         torch.from_numpy(np.arange(total) - np.repeat(ends - lengths, lengths)),
         torch.from_numpy(np.repeat(ends, lengths).astype(np.int32)),
         tuple(token_index),
