@@ -96,6 +96,7 @@ class SampleBuilder:
             scale: factor on the whole policy term (1, or 1 - mu).
         """
         total = sum(r.num_sampled for r in rollouts)
+        in_context = self.objective.ratio_denominator == "context"
         samples = []
         for rollout, advantage in zip(rollouts, advantages, strict=True):
             record = rollout.record
@@ -120,6 +121,7 @@ class SampleBuilder:
                     policy_weight,
                     values,
                     torch.zeros(len(ids)),
+                    old_logprobs=None if in_context else engine,
                     engine_logprobs=engine,
                     prompt_only=anchored[record.id],
                 )

@@ -24,7 +24,7 @@ def score_rollouts(
     token_budget: int,
     sharded: Sharded | None = None,
 ) -> dict[str, float]:
-    """Fills `old_logprobs` of every policy sample under its own context and returns the gauges.
+    """Fills `old_logprobs` of every policy sample that has none, under its own context, and returns the gauges.
 
     Returns:
         `pact/engine_gap`, `pact/engine_gap_max`: |engine - trainer|, prompt-only, sampled tokens.
@@ -58,13 +58,15 @@ def score_rollouts(
     scored = {i: scores for share in found for i, scores in share.items()}
     gains, gaps = [], []
     for i, (sample, head) in enumerate(zip(chosen, heads, strict=True)):
-        sample.old_logprobs = torch.cat([torch.zeros(1), scored[i]])
+        in_context = torch.cat([torch.zeros(1), scored[i]])
+        if sample.old_logprobs is None:
+            sample.old_logprobs = in_context
         prompt_only = scored[len(chosen) + i][len(prompts[sample.record_id]) - 1 :]
         sampled = sample.policy_weight[head:] != 0
         assert sample.engine_logprobs is not None
         gaps.append((prompt_only - sample.engine_logprobs[head:])[sampled].abs())
         if not sample.prompt_only:
-            gains.append((sample.old_logprobs[head:] - prompt_only)[sampled])
+            gains.append((in_context[head:] - prompt_only)[sampled])
     gap = torch.cat(gaps)
     row = {"pact/engine_gap": float(gap.mean()), "pact/engine_gap_max": float(gap.max())}
     if gains:

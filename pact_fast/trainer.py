@@ -119,7 +119,7 @@ class Trainer:
         for _ in range(config.train.num_iterations):
             for samples in mini_batches:
                 updates.append(self.update(samples, step))
-                if len(updates) == 1 and (several or gauge):
+                if len(updates) == 1 and (several or gauge) and o.ratio_denominator == "context":
                     self._check_first_update(updates[0])
         row |= update_metrics(updates)
         row["time/update"] = time.perf_counter() - scored

@@ -96,6 +96,27 @@ def test_the_ratio_is_taken_under_the_trace_unless_the_prompt_is_anchored(make_t
     assert float((swapped[1] - right[1]).norm() / right[1].norm()) > 1e-2
 
 
+def test_the_rollout_denominator_brakes_tokens_the_trace_has_made_unlikely(make_trainer):
+    trainer = make_trainer("pact-no-anchor", objective__ratio_denominator="rollout")
+    samples, _, _ = step_samples(trainer)
+    by_hand, braked = [], 0
+    for sample in samples:
+        if not sample.is_policy:
+            by_hand.append(sample)
+            continue
+        assert torch.equal(sample.old_logprobs, sample.engine_logprobs)  # under x, where they were drawn
+        with torch.no_grad():
+            now = torch.cat([torch.zeros(1), sequence_logprobs(trainer.policy, [sample.ids])[0]])
+        ratio, live = (now - sample.engine_logprobs).exp(), sample.policy_weight != 0
+        clipped = torch.where(sample.advantages > 0, ratio > 1.2, ratio < 0.8)
+        braked += int((clipped & live & (sample.advantages < 0)).sum())
+        factor = torch.where(live & ~clipped, ratio, 0.0)
+        by_hand.append(replace(sample, advantages=sample.advantages * factor, old_logprobs=None))
+    assert braked > 0
+    same = (gradients(trainer, part)[1] for part in (samples, by_hand))
+    torch.testing.assert_close(*same, rtol=1e-4, atol=1e-6)
+
+
 def bare(trainer, sample, records):
     """The sample with x in the place of c(x,h)."""
     if not sample.is_policy or sample.prompt_only:
