@@ -1,0 +1,8 @@
+"""`python -m pact_fast COMMAND ...`, and under torchrun `torchrun --nproc_per_node N -m pact_fast train CONFIG`."""
+
+import sys
+
+from pact_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
