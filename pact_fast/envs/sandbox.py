@@ -2,7 +2,7 @@
 
 `Sandbox.run(calls)` spreads the calls over the workers, pipelines them, and gives one `CallResult` per call
 in order. A worker that hangs or dies is replaced; the call it was at gets an error, the calls behind it are
-run elsewhere.
+run elsewhere. A worker that was killed from outside loses nothing: the call it was at is run once more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -30,7 +31,9 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # so that a set has one order in every wo
 MAX_PROGRAMS = 2048  # per worker, then it starts over
 MAX_RESPONSE = 4 << 20  # bytes
 MAX_FILE = 4 << 20  # bytes a tool may write to one file of its scratch folder
-START_LIMIT, STOP_LIMIT = 30.0, 5.0  # seconds
+START_LIMIT, STOP_LIMIT, END_LIMIT = 30.0, 5.0, 2.0  # seconds
+START_ATTEMPTS = 3  # of a worker that is killed before it has said a word
+KILLED = (-signal.SIGKILL, signal.SIGKILL)  # exit statuses: the outer process was killed, or the inner one
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class CallResult:
     kind: str
     value: Any = None
     error: str = ""
+
+
+class _KilledAtStart(RuntimeError):
+    pass
 
 
 class _Worker:
@@ -94,7 +101,8 @@ class _Worker:
                 except EOFError:
                     break
         self.kill()
-        raise RuntimeError(
+        kind = _KilledAtStart if self.process.returncode in KILLED else RuntimeError
+        raise kind(
             f"a sandbox worker did not start (exit status {self.process.returncode}): see its stderr above"
         )
 
@@ -184,6 +192,7 @@ class Sandbox:
         self.count = workers
         self.workers: list[_Worker] = []
         self.restarts = 0  # workers replaced so far
+        self._again: set[int] = set()  # calls of this batch that lost a worker through no fault of theirs
         self._options: dict[str, Any] = {
             "memory": memory_mb << 20,
             "file_bytes": MAX_FILE,
@@ -209,11 +218,18 @@ class Sandbox:
         if "root" not in self._options:  # a mount point of the workers; it stays empty
             self._options["root"] = tempfile.mkdtemp(prefix="pact-sandbox-")
         while len(self.workers) < self.count:
-            self.workers.append(_Worker(self._options))
+            self.workers.append(self._start())
+
+    def _start(self) -> _Worker:
+        for _ in range(START_ATTEMPTS - 1):
+            with contextlib.suppress(_KilledAtStart):
+                return _Worker(self._options)
+        return _Worker(self._options)
 
     def run(self, calls: Sequence[SandboxCall]) -> list[CallResult]:
         results: dict[int, CallResult] = {}
         todo = deque(range(len(calls)))
+        self._again.clear()
         while len(results) < len(calls):
             self._fill()
             for turn, index in enumerate(todo):
@@ -260,12 +276,22 @@ class Sandbox:
         try:
             action()
         except (OSError, EOFError, ValueError, TypeError, LookupError) as error:  # gone, or no longer sane
-            self._fail(
-                worker,
-                CallResult("died", error=f"the tool ended its process ({type(error).__name__})"),
-                results,
-            )
+            # The outer process must see how the inner one ended before it sees our end of the pipe close.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(timeout=END_LIMIT)
+            worker.kill()
+            if not self._run_again(worker):
+                died = CallResult("died", error=f"the tool ended its process ({type(error).__name__})")
+                self._fail(worker, died, results)
             self._replace(worker, todo)
+
+    def _run_again(self, worker: _Worker) -> bool:
+        """Whether the call that a dead worker was at deserves another try; each gets one."""
+        if worker.process.returncode not in KILLED or not worker.pending:
+            return False
+        first = worker.pending[0] not in self._again
+        self._again.add(worker.pending[0])
+        return first
 
     @staticmethod
     def _fail(worker: _Worker, result: CallResult, results: dict[int, CallResult]) -> None:

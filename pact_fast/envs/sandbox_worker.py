@@ -133,15 +133,20 @@ def run_inner(protect, requests, responses, options, report):
 
 
 def watch(child, requests):
-    """The outer process: waits for the inner one to end or for the trainer's end of the pipe to close."""
+    """The outer process: waits for the inner one to end or for the trainer's end of the pipe to close.
+
+    Its exit status tells the trainer whether the inner one was killed from outside (out of memory, an
+    operator): then the call was not to blame.
+    """
     poller = select.poll()
     ended = os.pidfd_open(child)
     poller.register(ended, select.POLLIN)
     poller.register(requests, 0)  # only the hang-up, which is always reported
-    poller.poll()
+    by_itself = any(descriptor == ended for descriptor, _ in poller.poll())
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    killed = by_itself and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    os._exit(signal.SIGKILL if killed else 0)
 
 
 def main():
