@@ -24,7 +24,7 @@ def score_rollouts(
     token_budget: int,
     sharded: Sharded | None = None,
 ) -> dict[str, float]:
-    """Fills `old_logprobs` of every policy sample that has none, under its own context, and returns the gauges.
+    """Fills `old_logprobs` of every policy sample that has none, under its own context; returns the gauges.
 
     Returns:
         `pact/engine_gap`, `pact/engine_gap_max`: |engine - trainer|, prompt-only, sampled tokens.

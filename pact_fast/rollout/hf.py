@@ -111,8 +111,8 @@ class _Batch:
 
     @torch.no_grad()
     def feed(self, model: PreTrainedModel, chunks: Sequence[Sequence[int]], lean: bool = False) -> Tensor:
-        """Feeds each row its tokens (possibly none) -> hidden state after the last one, [B, H]. `lean`: single
-        tokens go through `decode_step`."""
+        """Feeds each row its tokens (possibly none) -> hidden state after the last one, [B, H]. `lean`: by
+        `decode_step` where it is one token a row."""
         device, width = model.device, max(len(c) for c in chunks)
         ids = torch.tensor([list(c) + [0] * (width - len(c)) for c in chunks], device=device)
         counts = torch.tensor([len(c) for c in chunks], device=device)
