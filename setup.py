@@ -1,7 +1,7 @@
 """Build of the optional native parts (plain C ABI, loaded through ctypes). Metadata lives in pyproject.toml.
 
     csrc/tree_pack.cpp   -> pact_fast/_native/libtree_pack.so      a C++17 compiler: $CXX, c++, g++, clang++
-    csrc/logits_rows.cu  -> pact_fast/_native/liblogits_rows.so    nvcc: $CUDA_HOME, /usr/local/cuda, PATH
+    csrc/logits_rows.cu* -> pact_fast/_native/liblogits_rows.so    nvcc: $CUDA_HOME, /usr/local/cuda, PATH
 
 No compiler: that part is left out and the Python forms are used. PACT_FAST_CUDA=1 makes a missing nvcc an
 error, PACT_FAST_CUDA=0 leaves the CUDA part out.
@@ -89,7 +89,12 @@ class BuildNative(build_ext):
 setup(
     ext_modules=[
         Extension("pact_fast._native.libtree_pack", ["csrc/tree_pack.cpp"], optional=True),
-        Extension("pact_fast._native.liblogits_rows", ["csrc/logits_rows.cu"], optional=True),
+        Extension(
+            "pact_fast._native.liblogits_rows",
+            ["csrc/logits_rows.cu"],
+            depends=["csrc/logits_rows.cuh"],
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildNative},
 )

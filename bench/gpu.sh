@@ -7,12 +7,20 @@
 #   summary  the targets, from those rows, to bench/results/summary.txt
 # Each part has a time limit, and so has the whole: 8 minutes ($TOTAL_LIMIT seconds). Peers that are not installed are left out with the
 # reason; wheels of them in $PACT_FAST_WHEELS (a folder) are installed without dependencies.
+# DRY_RUN=1: every command on the CPU, in .venv, one round of each, tests only collected, rows into a temporary folder:
+# shows that the script goes through, and claims nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=${VENV_GPU:-.venv-gpu}
-PY=$VENV/bin/python
 SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
+OUT=bench/results
+ONLY=()  # what a dry run adds to pytest
+if [ -n "${DRY_RUN:-}" ]; then
+    VENV=${VENV_GPU:-.venv} SECONDS_PER_CASE=0 OUT=$(mktemp -d) ONLY=(--collect-only)
+    TOTAL_LIMIT=${TOTAL_LIMIT:-3600} BENCH_LIMIT=900 OTHERS_LIMIT=900 TREE_LIMIT=900 TREE_MODEL_LIMIT=1800
+fi
+PY=$VENV/bin/python
 unset TRITON_INTERPRET
 export TRITON_DEFAULT_FP_FUSION=${TRITON_DEFAULT_FP_FUSION:-1}
 
@@ -26,6 +34,7 @@ limit() {
 fail() { echo "gpu.sh: $*" >&2; exit 1; }
 
 part_setup() {
+    [ -n "${DRY_RUN:-}" ] && { "$PY" -c 'import pact_fast, torch; print("dry run on torch", torch.__version__)'; return; }
     command -v nvidia-smi >/dev/null && nvidia-smi -L || fail "no GPU is visible (nvidia-smi): run this on a machine with one"
     [ -x "$PY" ] || python3 -m venv --system-site-packages "$VENV" || fail "python3 -m venv failed"
     timeout "$(limit 60)" "$PY" -m pip install -q --no-index --no-deps --no-build-isolation -e . ||
@@ -39,27 +48,28 @@ part_setup() {
 }
 
 part_tests() {
-    timeout "$(limit "${TESTS_LIMIT:-110}")" "$PY" -m pytest -q -x -p no:cacheprovider -m gpu tests || return 1
-    timeout "$(limit "${KERNEL_TESTS_LIMIT:-60}")" "$PY" -m pytest -q -x -p no:cacheprovider tests/ops/test_head_kernels.py \
+    timeout "$(limit "${TESTS_LIMIT:-110}")" "$PY" -m pytest -q -x -p no:cacheprovider "${ONLY[@]}" -m gpu tests || return 1
+    timeout "$(limit "${KERNEL_TESTS_LIMIT:-60}")" "$PY" -m pytest -q -x -p no:cacheprovider "${ONLY[@]}" tests/ops/test_head_kernels.py \
         tests/tree/test_tree_attention.py
 }
 
 part_bench() {
     local status=0
-    timeout "$(limit "${BENCH_LIMIT:-90}")" "$PY" -m pact_fast.bench_cli --shapes main --seconds "$SECONDS_PER_CASE" || status=$?
-    timeout "$(limit "${OTHERS_LIMIT:-50}")" "$PY" -m pact_fast.bench_cli --shapes others --seconds "$SECONDS_PER_CASE" || status=$?
+    timeout "$(limit "${BENCH_LIMIT:-90}")" "$PY" -m pact_fast.bench_cli --shapes main --seconds "$SECONDS_PER_CASE" --out "$OUT" || status=$?
+    timeout "$(limit "${OTHERS_LIMIT:-50}")" "$PY" -m pact_fast.bench_cli --shapes others --seconds "$SECONDS_PER_CASE" --out "$OUT" || status=$?
     return $status
 }
 
 part_tree() {
-    local status=0
-    timeout "$(limit "${TREE_LIMIT:-50}")" "$PY" bench/tree.py attention packer --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
-    timeout "$(limit "${TREE_MODEL_LIMIT:-60}")" "$PY" bench/tree.py model --main-shape --seconds "$SECONDS_PER_CASE" || status=$?
+    local status=0 TREE=(--main-shape --seconds "$SECONDS_PER_CASE" --out "$OUT")
+    [ -z "${DRY_RUN:-}" ] || TREE+=(--rounds 1)
+    timeout "$(limit "${TREE_LIMIT:-50}")" "$PY" bench/tree.py attention packer "${TREE[@]}" || status=$?
+    timeout "$(limit "${TREE_MODEL_LIMIT:-60}")" "$PY" bench/tree.py model "${TREE[@]}" || status=$?
     return $status
 }
 
 part_summary() {
-    "$PY" -m pact_fast.bench_cli --targets | tee bench/results/summary.txt
+    "$PY" -m pact_fast.bench_cli --targets --out "$OUT" | tee "$OUT/summary.txt"
 }
 
 status=0

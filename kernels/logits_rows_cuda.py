@@ -24,7 +24,7 @@ BEST, TWO_PASSES, ON_HOST = (
 
 
 class RowArgs(ctypes.Structure):
-    """struct RowArgs of csrc/logits_rows.cu, field for field."""
+    """struct RowArgs of csrc/logits_rows.cuh, field for field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("logits", "bias", "target")),
