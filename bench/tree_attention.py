@@ -66,8 +66,10 @@ def prefix_grouper(q, k, v, pack: TreePack, groups: list[range]) -> Provider:
     grouper = PrefixGrouper([[piece.numel() for piece in pieces] for pieces in split], q.device, "right")
     group = q.shape[1] // k.shape[1]
 
-    def attend(*qkv_mask):
-        return F.scaled_dot_product_attention(*qkv_mask).transpose(1, 2)
+    def attend(q, k, v, padding):  # padding [B, keys]: True at tokens; queries are the last of the keys
+        below = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        mask = below.tril(k.shape[2] - q.shape[2]) & padding[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
     def run():
         wide = (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
