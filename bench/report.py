@@ -31,17 +31,17 @@ def print_table(rows: list[dict[str, object]], left_out: dict[str, str]) -> None
     first = rows[0] if rows else {}
     title = f"{first.get('op', '')} {first.get('mode', '')} {first.get('shape', '')} {first.get('dtype', '')}"
     table = Table(title=title, title_justify="left")
-    for column in ("provider", "p20", "median", "p80", "x bare GEMMs", "peak GiB", "extra GiB"):
+    on_cpu = first.get("gpu") == "cpu"
+    extra = {f"{'processor ' if on_cpu else ''}time over the bare GEMMs": "x GEMMs"}
+    extra |= {} if on_cpu else {"peak_memory": "peak GiB", "extra_memory": "extra GiB"}
+    for column in ("provider", "p20", "median", "p80", *extra.values()):
         table.add_column(column, justify="left" if column == "provider" else "right")
     by_name: dict[str, dict[str, dict[str, object]]] = {}
     for row in rows:
         by_name.setdefault(f"{row['provider']}/{row['impl']}", {})[str(row["metric"])] = row
     for name, metrics in sorted(by_name.items(), key=lambda item: float(str(item[1]["time"]["p50"]))):
         time = metrics["time"]
-        ratio = "processor time over the bare GEMMs" if time["gpu"] == "cpu" else "time over the bare GEMMs"
-        others = [
-            str(metrics[m]["p50"]) if m in metrics else "" for m in (ratio, "peak_memory", "extra_memory")
-        ]
+        others = [str(metrics[m]["p50"]) if m in metrics else "" for m in extra]
         table.add_row(name, str(time["p20"]), f"{time['p50']} ms", str(time["p80"]), *others)
     Console().print(table)
     for name, reason in left_out.items():
