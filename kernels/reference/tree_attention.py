@@ -85,7 +85,8 @@ class BlockPlan:
 def _cut(end: list[int], first_query: int, block: int) -> Iterable[tuple[int, int, bool, tuple[Range, ...]]]:
     """Blocks (start, stop, is a run, path above), in pre-order, that hold every token once.
 
-    Subtrees of up to `block` tokens join their neighbours in one block. A run never crosses `first_query`.
+    Subtrees of up to `block` tokens join their neighbours in one block. A run, with the first children that
+    continue it, sees the path above and itself causally; it never crosses `first_query`.
     """
     cuts = sorted({i for i in range(len(end)) if i == 0 or end[i] != end[i - 1]} | {first_query, len(end)})
     stops = dict(pairwise(cuts))
@@ -102,12 +103,17 @@ def _cut(end: list[int], first_query: int, block: int) -> Iterable[tuple[int, in
             yield begin, at, stops[begin] == at, path
             stack.append((at, limit, path))
             continue
-        stop = stops[begin]
+        runs = [begin]
+        # A first child continues its parent without a gap, so both are one run where that saves small calls.
+        while (stop := stops[runs[-1]]) not in (end[runs[-1]], first_query):
+            if min(stop - begin, stops[stop] - stop) >= block:
+                break
+            runs.append(stop)
         yield begin, stop, True, path
         stack.append((end[begin], limit, path))  # later siblings, after the children
-        joined = path and path[-1][1] == begin
-        below = (*path[:-1], (path[-1][0], stop)) if joined else (*path, (begin, stop))
-        stack.append((stop, end[begin], below))
+        head, before = (path[:-1], path[-1][0]) if path and path[-1][1] == begin else (path, begin)
+        for run, child_end in zip(runs, [*(end[run] for run in runs[1:]), stop], strict=True):
+            stack.append((child_end, end[run], (*head, (before, stops[run]))))
 
 
 def block_plan(
