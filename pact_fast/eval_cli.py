@@ -215,6 +215,9 @@ def _row(record: Record, group: Sequence[Rollout]) -> dict[str, Any]:
         "solved": sum(o.solved for o in outcomes) / len(outcomes),
         "reward": sum(o.reward for o in outcomes) / len(outcomes),
         "calls": sum(o.calls for o in outcomes) / len(outcomes),
+        "prompt_tokens": len(group[0].prompt),
+        "completion_tokens": sum(len(r.token_ids) for r in group) / len(group),  # tool responses included
+        "sampled_tokens": sum(r.num_sampled for r in group) / len(group),
         "scores": dict(scores),
         "failures": dict(Counter(o.failure for o in outcomes if o.failure)),
     }
