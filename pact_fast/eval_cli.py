@@ -252,21 +252,24 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """Solved share, reward, calls and the environment's own scores, a line per category and one for all."""
+    """Solved share with its interval, reward, calls and the environment's own scores: a column per category,
+    and one for all."""
+    groups = summary(rows)
     names = sorted({name for row in rows for name in row["scores"]})
     table = Table(title=title)
-    for column in ("category", "tasks", "solved [95%]", "reward", "calls", *names):
-        table.add_column(column, justify="left" if column == "category" else "right")
-    for category, numbers in summary(rows).items():
-        mean, low, high = numbers["solved"]
-        table.add_row(
-            category,
-            str(numbers["tasks"]),
-            f"{mean:.3f} [{low:.3f}, {high:.3f}]",
-            f"{numbers['reward']:.3f}",
-            f"{numbers['calls']:.2f}",
-            *(f"{numbers['scores'].get(name, 0.0):.3f}" for name in names),
-        )
+    table.add_column("")
+    for category in groups:
+        table.add_column(category, justify="right")
+    lines = {
+        "tasks": [str(numbers["tasks"]) for numbers in groups.values()],
+        "solved": [f"{numbers['solved'][0]:.3f}" for numbers in groups.values()],
+        "  95%": ["{:.2f} to {:.2f}".format(*numbers["solved"][1:]) for numbers in groups.values()],
+        "reward": [f"{numbers['reward']:.3f}" for numbers in groups.values()],
+        "calls": [f"{numbers['calls']:.2f}" for numbers in groups.values()],
+    }
+    lines |= {name: [f"{g['scores'].get(name, 0.0):.3f}" for g in groups.values()] for name in names}
+    for label, cells in lines.items():
+        table.add_row(label, *cells)
     return table
 
 
