@@ -31,6 +31,10 @@ from torch import Tensor
 BLOCK = 128  # queries under one mask: more wastes masked pairs, fewer makes more calls
 LONG_RUN = 1024  # SDPA's causal CPU kernel computes all pairs up to 512 tokens, but few in vain from here on
 
+FUSED_DEVICES = ("cpu",)  # where torch has kernels that return and take the lse; elsewhere: the formulas
+    "cpu",
+)  # where torch has a kernel that returns the lse, and one that takes it; else: formulas
+
 Range = tuple[int, int]
 
 
@@ -233,7 +237,7 @@ def _gather(x: Tensor, part: Part, group: int) -> Tensor:
 def _attend(q, k, v, part: Part, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """out [n, Hkv, G, D] and lse [n, Hkv, G] of one part."""
     queries, (keys, values) = _heads_first(q[part.queries]), (_gather(x, part, q.shape[2]) for x in (k, v))
-    if q.device.type == "cpu":
+    if q.device.type in FUSED_DEVICES:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, part.causal, attn_mask=bias, scale=scale
         )
@@ -249,7 +253,7 @@ def _add_gradients(saved, dk, dv, part: Part, bias: Tensor | None, scale: float)
     q, k, v, *rest = saved
     queries, (keys, values) = _heads_first(q[part.queries]), (_gather(x, part, q.shape[2]) for x in (k, v))
     out, lse, d_out = (_heads_first(x[part.queries]) for x in rest)
-    if q.device.type == "cpu":
+    if q.device.type in FUSED_DEVICES:
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, queries, keys, values, out, lse, 0.0, part.causal, attn_mask=bias, scale=scale
         )

@@ -1,6 +1,7 @@
 """Tree attention against the dense-mask definition in fp64: outputs and gradients of each implementation."""
 
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,15 +48,17 @@ def assert_near(got, want, dtype):
     st.sampled_from([None, 1, 3, 9]),
     st.sampled_from([1, 4, 16, 1000]),
     st.sampled_from([(4, 2), (2, 2), (4, 1)]),
+    st.sampled_from([("cpu",), ()]),
 )
-def test_torch_equals_the_definition(seed, window, block, heads):
+def test_torch_equals_the_definition(seed, window, block, heads, fused_devices):
     pack = pack_tree(random_sequences(seed, count=1 + seed % 8))
     q, k, v = inputs(pack.num_tokens, *heads, dtype=torch.float64, seed=seed)
     plan = reference.block_plan(pack.subtree_end, window=window, block=block)
-    out, lse = reference.tree_attention(q, k, v, pack.subtree_end, plan=plan)
-    d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
+    with mock.patch.object(reference, "FUSED_DEVICES", fused_devices):
+        out, lse = reference.tree_attention(q, k, v, pack.subtree_end, plan=plan)
+        d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
+        got = [out, lse, *torch.autograd.grad([out, lse], [q, k, v], [d_out, d_lse])]
     want = oracle(q, k, v, pack.subtree_end, d_out, d_lse, window)
-    got = [out, lse, *torch.autograd.grad([out, lse], [q, k, v], [d_out, d_lse])]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 
