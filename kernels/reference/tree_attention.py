@@ -32,8 +32,6 @@ BLOCK = 128  # queries under one mask: more wastes masked pairs, fewer makes mor
 LONG_RUN = 1024  # SDPA's causal CPU kernel computes all pairs up to 512 tokens, but few in vain from here on
 
 FUSED_DEVICES = ("cpu",)  # where torch has kernels that return and take the lse; elsewhere: the formulas
-    "cpu",
-)  # where torch has a kernel that returns the lse, and one that takes it; else: formulas
 
 Range = tuple[int, int]
 
