@@ -125,7 +125,7 @@ def _attempt(rng, world, task: Task, offered, flaw: str | None, detours: int, pl
         if index == wrong_at:
             arguments = _other_fact(rng, step, arguments)
         if position == 0:
-            thought = _opening(task, order) if planned else []
+            thought = opening(task, order) if planned else []
         else:
             thought = [f"Next is {step.label}."] if planned else []
         for _ in range(detour_at.count(index)):
@@ -141,7 +141,7 @@ def _attempt(rng, world, task: Task, offered, flaw: str | None, detours: int, pl
     return _conclude(rng, writer, task, order, values, flaw)
 
 
-def _opening(task: Task, order: Sequence[int]) -> list[str]:
+def opening(task: Task, order: Sequence[int]) -> list[str]:
     starts = " and ".join(f'"{name}"' for name in task.starts)
     return [f"The question starts at {starts}.", f"Steps: {', '.join(task.steps[i].label for i in order)}."]
 
