@@ -1,4 +1,4 @@
-"""`python -m pact_fast COMMAND ...`, and under torchrun `torchrun --nproc_per_node N -m pact_fast train CONFIG`."""
+"""`python -m pact_fast COMMAND ...`; with several ranks `torchrun --nproc_per_node N -m pact_fast train CONFIG`."""
 
 import sys
 

@@ -3,10 +3,10 @@ toolbox.
 
     python -m pact_fast.models.toolbox_base --out DIR
 
-trains the tokenizer and the model from nothing on `toolbox.base_records` (generic call format, copying, plans,
-spelled-out procedures and worked references, on worlds that no split uses): about 10 minutes on one core, the same
-weights for the same seed, torch and thread count. The base follows the format mostly and solves some tasks,
-well under half; every preset starts from it.
+trains the tokenizer and the model from nothing on `toolbox.base_records` (generic call format, copying,
+plans, spelled-out procedures and worked references, on worlds that no split uses): about 10 minutes on one
+core, the same weights for the same seed, torch and thread count. The base follows the format mostly and
+solves some tasks, well under half; every preset starts from it.
 
 Left out on purpose: dropout, weight averaging, checkpoints. It is one short run.
 """

@@ -250,8 +250,8 @@ def test_no_space_left_during_training_is_a_warning_at_the_next_save(tmp_path, m
     assert [p.name for p in saver.paths()] == ["step-000002"]
 
 
-# One interpreter forks a writer per attempt: importing torch 20 times would cost a minute. One thread, because
-# OpenMP's pool does not survive a fork: a child that used it would hang before its first save.
+# One interpreter forks a writer per attempt: importing torch 20 times would cost a minute. One thread, as the
+# pool of OpenMP does not survive a fork: a child that used it would hang before its first save.
 KILLED = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
@@ -282,7 +282,7 @@ for attempt in range(20):
         finally:
             os._exit(1)
     before, deadline = set(os.listdir(folder)) if folder.exists() else set(), time.monotonic() + 60
-    while not folder.exists() or set(os.listdir(folder)) == before:  # until the child has begun its first save
+    while not folder.exists() or set(os.listdir(folder)) == before:  # until the first save has begun
         assert time.monotonic() < deadline, "the writer saved nothing for a minute"
         time.sleep(0.0005)
     time.sleep(rng.uniform(0.0, 4.0) * save)
