@@ -1,4 +1,4 @@
-"""`python -m pact_fast COMMAND ...`; with several ranks `torchrun --nproc_per_node N -m pact_fast train CONFIG`."""
+"""`python -m pact_fast COMMAND ...`, or `torchrun --nproc_per_node N -m pact_fast train CONFIG` on N ranks."""
 
 import sys
 

