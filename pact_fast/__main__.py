@@ -1,4 +1,4 @@
-"""`python -m pact_fast COMMAND ...`, or `torchrun --nproc_per_node N -m pact_fast train CONFIG` on N ranks."""
+"""`python -m pact_fast COMMAND ...`; `torchrun --nproc_per_node N -m pact_fast train CONFIG`, N ranks."""
 
 import sys
 
