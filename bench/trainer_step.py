@@ -35,8 +35,8 @@ def step_samples(trainer: Trainer, step: int) -> list[Sample]:
     config = trainer.config
     records = batch_records(trainer.records, step, config.train.prompts_per_step, config.run.seed)
     rollouts = trainer.rollout(records, step)
-    anchored = trainer._anchored(records, step)
-    batches = trainer.mini_batches(records, rollouts, anchored, trainer._sft_strength(0.0), 0.0)
+    anchored = trainer.schedule.anchored(records, step)
+    batches = trainer.mini_batches(records, rollouts, anchored, trainer.schedule.sft_strength(0.0), 0.0)
     return [sample for samples in batches for sample in samples]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,8 @@ def train(words: list[str]) -> int:
     words = ["--checkpoint.resume=true" if word == "--resume" else word for word in words]
     path = None if words[0].startswith("--") else words[0]
     config = load_config(path, words if path is None else words[1:])
+    from pact_fast.checkpoint import CheckpointError
+    from pact_fast.distributed import RankLost
     from pact_fast.preemption import Preempted
     from pact_fast.report import final_table, write_report
     from pact_fast.trainer import Trainer, TrainingStopped
@@ -70,11 +73,19 @@ def train(words: list[str]) -> int:
     try:
         summary = trainer.train()
     except Preempted:
-        print(f"stopped by SIGTERM and saved in {trainer.run_dir / 'checkpoints'}; go on with --resume")
+        if trainer.world.main:
+            print(f"stopped by SIGTERM and saved in {trainer.run_dir / 'checkpoints'}; go on with --resume")
         return 0
-    except TrainingStopped as stop:
+    except (TrainingStopped, RankLost, CheckpointError) as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"stopped: {error}: free some space and go on with --resume", file=sys.stderr)
+        return 1
+    if not trainer.world.main:
+        return 0
     page = write_report(trainer.run_dir)
     from rich.console import Console
 

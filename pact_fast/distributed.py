@@ -28,6 +28,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+# What the collectives of a process say whose peer has died or hangs: gloo raises plain RuntimeErrors.
+_LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "gloo/transport")
+
+
+class RankLost(RuntimeError):
+    """Another rank of the run has died or does not answer; the message says how to go on."""
 
 
 class World:
@@ -74,11 +80,31 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def peers(self) -> Iterator[None]:
+        """Inside, an exchange that fails because another rank is gone raises RankLost."""
+        try:
+            yield
+        except RuntimeError as error:
+            known = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in _LOST)
+            if self.size == 1 or not known:
+                raise
+            raise RankLost(
+                f"rank {self.rank} of {self.size}: another rank is gone or has not answered for "
+                f"{rank_timeout():g} s ({str(error).strip().splitlines()[-1][-200:]}). Its own output "
+                "says why; start all ranks again with --resume to go on from the newest checkpoint"
+            ) from error
+
+
+def rank_timeout() -> float:
+    """Seconds after which a rank that does not answer is given up: PACT_FAST_TIMEOUT, default 600."""
+    return float(os.environ.get("PACT_FAST_TIMEOUT", "600"))
+
 
 def join_world(device: str) -> World:
     """The world that torchrun describes in the environment; one process without it.
 
-    A rank that is gone makes the others fail after PACT_FAST_TIMEOUT seconds (default 600), never hang.
+    A rank that dies makes the others fail at once, one that hangs after `rank_timeout()`: see World.peers.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -88,7 +114,7 @@ def join_world(device: str) -> World:
     if cuda:
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
-        timeout = timedelta(seconds=float(os.environ.get("PACT_FAST_TIMEOUT", "600")))
+        timeout = timedelta(seconds=rank_timeout())
         # gloo beside NCCL: Python objects travel over the host.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     return world
@@ -157,11 +183,16 @@ class Sharded:
                 module.set_reshard_after_forward(module is not self._root, recurse=False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole weights on the host of rank 0, names as in the model; every rank must call it."""
+        """The whole weights on the host of rank 0, names as in the model; of a model with adapters these
+        alone. Every rank must call it."""
+        parts = self.model.state_dict()
+        if hasattr(self.model, "get_base_model"):
+            trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
+            parts = {name: tensor for name, tensor in parts.items() if name in trained}
         owner = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}
         whole: dict[int, Tensor] = {}  # tied weights stay one tensor
         state = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in parts.items():
             key = owner.get(name, id(tensor))
             if key not in whole:
                 full = plain(tensor)

@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from pact_fast import objective as obj
 from pact_fast.batch import Sample, SampleBuilder, needed, pack_losses, trim
 from pact_fast.build import build_model, build_optimizer, build_sharded, device_of, learning_rate
 from pact_fast.checkpoint import Checkpointer, write_json
@@ -28,13 +26,15 @@ from pact_fast.envs.base import make_env
 from pact_fast.evaluate import eval_row, evaluate, transcript
 from pact_fast.gauges import score_rollouts
 from pact_fast.metrics import MetricsLogger, ProgressDisplay
+from pact_fast.objective import SFTStrength
 from pact_fast.policy import Policy
 from pact_fast.preemption import Preempted, StopSignal
 from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, spread_rollouts
+from pact_fast.schedule import Schedule
 from pact_fast.step_metrics import Update, pack_metrics, rollout_metrics, update_metrics
 from pact_fast.tasks import batch_records, load_split
 
-COUNTERS = ("skipped_steps", "skipped_in_a_row", "tokens_trained")
+COUNTERS = ("skipped_steps", "skipped_in_a_row", "tokens_trained", "evaluated")
 
 
 class TrainingStopped(RuntimeError):
@@ -68,6 +68,7 @@ class Trainer:
         )
         self.engine = HFEngine(self.model)
         self.env = make_env(config.env.name, config.env.settings)
+        self.schedule = Schedule(config.objective, config.run.seed)
         self.builder = SampleBuilder(self.chat, config.objective, config.rollout.max_completion_length)
         splits = ("train", "validation", *(["test"] if config.eval.score_test else []))
         self.splits = {split: load_split(config, self.env, self.builder, split) for split in splits}
@@ -83,7 +84,7 @@ class Trainer:
             asynchronous=config.checkpoint.asynchronous,
         )
         self.stop = StopSignal(immediate=self.world.size == 1)
-        self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = 0
+        self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = self.evaluated = 0
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -94,12 +95,12 @@ class Trainer:
         progress = step / config.train.max_steps
         records = batch_records(self.records, step, config.train.prompts_per_step, config.run.seed)
         rl = o.rl_context != "none" and progress >= o.rl_start
-        strength = self._sft_strength(progress)
+        strength = self.schedule.sft_strength(progress)
         with self.stop.interruptible():
             rollouts = self.rollout(records, step) if rl else []
         row, rolled = rollout_metrics(rollouts, config.rollout.num_generations), time.perf_counter()
         row["time/rollout"] = rolled - begin
-        anchored = self._anchored(records, step)
+        anchored = self.schedule.anchored(records, step)
         mini_batches = self.mini_batches(records, rollouts, anchored, strength, progress)
         several = config.train.num_mini_batches * config.train.num_iterations > 1
         gauge = bool(rollouts) and config.eval.gauge_every > 0 and step % config.eval.gauge_every == 0
@@ -136,7 +137,7 @@ class Trainer:
             row |= {
                 "pact/tool_call_scale": strength.tool_call,
                 "pact/reasoning_level": strength.reasoning_level,
-                "pact/sft_coef": self._sft_scale(progress),
+                "pact/sft_coef": self.schedule.sft_scale(progress),
             }
         return row
 
@@ -158,47 +159,19 @@ class Trainer:
             row_seeds=config.row_seeds,
         )
 
-    def _anchored(self, records: Sequence[Record], step: int) -> dict[str, bool]:
-        """Per record id, whether the prompt-only ratio is used."""
-        ids = [r.id for r in records]
-        q = self.config.objective.anchor_probability if self.config.objective.rl_context == "trace" else 1.0
-        return dict(zip(ids, obj.anchor_mask(self.config.run.seed, step, ids, q).tolist(), strict=True))
-
-    def _sft_strength(self, progress: float) -> obj.SFTStrength | None:
-        o = self.config.objective
-        if progress >= o.sft_end:
-            return None
-        return obj.sft_strength(
-            o.sft_targets,
-            progress,
-            segments=o.reasoning_segments,
-            start=o.tool_call_start,
-            end=o.tool_call_end,
-            answer=o.answer_strength,
-        )
-
-    def _sft_scale(self, progress: float) -> float:
-        o = self.config.objective
-        if o.mu_start is None or o.mu_end is None:
-            return o.sft_weight
-        return obj.chord_mu(progress, o.mu_start, o.mu_end)
-
-    def _rl_scale(self, progress: float) -> float:
-        return 1.0 if self.config.objective.mu_start is None else 1.0 - self._sft_scale(progress)
-
     def mini_batches(
         self,
         records: Sequence[Record],
         rollouts: Sequence[Rollout],
         anchored: dict[str, bool],
-        strength: obj.SFTStrength | None,
+        strength: SFTStrength | None,
         progress: float,
     ) -> list[list[Sample]]:
         """Samples of every update: prompts dealt to the mini-batches in turn, weights from each one's own
         counts."""
         o, count = self.config.objective, self.config.train.num_mini_batches
         size = self.config.rollout.num_generations
-        advantages = self._advantages(rollouts)
+        advantages = self.schedule.advantages(rollouts, size)
         out = []
         for part in range(count):
             samples: list[Sample] = []
@@ -208,26 +181,14 @@ class Trainer:
                     [rollouts[i] for i in rows],
                     [advantages[i] for i in rows],
                     anchored,
-                    self._rl_scale(progress),
+                    self.schedule.rl_scale(progress),
                 )
             if strength is not None and records[part::count]:
                 samples += self.builder.trace_samples(
-                    records[part::count], strength, self._sft_scale(progress)
+                    records[part::count], strength, self.schedule.sft_scale(progress)
                 )
             out.append([trim(s) for s in samples if needed(s, o)])
         return out
-
-    def _advantages(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """Per rollout, one advantage a turn."""
-        o = self.config.objective
-        rewards = [r.outcome.reward for r in rollouts if r.outcome is not None]
-        # A record may be drawn twice in a step: a group is one draw of it.
-        groups = [i // self.config.rollout.num_generations for i in range(len(rollouts))]
-        if o.advantages == "turn":
-            turn_rewards = [r.turn_rewards for r in rollouts]
-            return obj.turn_advantages(turn_rewards, rewards, groups, gamma=o.turn_discount)
-        values = obj.group_advantages(rewards, groups, mode=o.advantages)
-        return [value.expand(len(r.turn_rewards)) for value, r in zip(values, rollouts, strict=True)]
 
     def update(self, samples: Sequence[Sample], step: int) -> Update:
         """One optimizer update. A non-finite loss or gradient leaves the weights as they are."""
@@ -303,41 +264,51 @@ class Trainer:
             "config": config.to_dict(),
         }
         start, base = self.resume() if config.checkpoint.resume else (0, None)
-        if base or (config.eval.score_base and start == 0):
-            summary["base"] = base or self.final_scores()[0]
         main, total = self.world.main, config.train.max_steps
         logger = MetricsLogger(self.run_dir, resume_step=start - 1 if start else None, write=main)
         progress = ProgressDisplay(total, start_step=start, console=Console(quiet=not main))
-        with logger, progress, self.stop:
-            step = start
+        done = start  # steps whose update has been made
+        with logger, progress, self.stop, self.world.peers():
             try:
+                if base or (config.eval.score_base and start == 0):
+                    summary["base"] = base or self.final_scores()[0]
+                self.validate(done, logger, progress)
                 for step in range(start, total):
                     row = logger.log(step, self.train_step(step))
-                    progress.update(step + 1, row)
-                    score = None
-                    if config.eval.every and (step + 1) % config.eval.every == 0:
-                        scores = self.evaluate("validation", config.eval.validation_tasks)[0]
-                        logger.log(step, eval_row(scores, "validation", 1.0))
-                        progress.message(f"step {step + 1}: validation solved {scores['solved']:.3f}")
-                        score = scores["solved"]
-                    if config.checkpoint.every and (step + 1) % config.checkpoint.every == 0:
-                        self.checkpoint(step + 1, summary.get("base"), score)
+                    done = step + 1
+                    progress.update(done, row)
+                    score = self.validate(done, logger, progress)
+                    if config.checkpoint.every and done % config.checkpoint.every == 0:
+                        self.checkpoint(done, summary.get("base"), score)
                     if self.world.any(self.stop.requested):
-                        step += 1
                         raise Preempted
+                self.save()
+                summary["final"], shown = self.final_scores()
             except (Preempted, TrainingStopped) as stop:  # of all ranks at once: they can save together
                 if isinstance(stop, Preempted):
-                    self.checkpoint(step, summary.get("base"), wait=True)
+                    self.checkpoint(done, summary.get("base"), wait=True)
                 self.save()
                 raise
-            self.save()
-            summary["final"], shown = self.final_scores()
             for split, temperatures in summary["final"].items():
                 for mode, scores in temperatures.items():
                     logger.log(total, eval_row(scores, split, float(mode == "sampled")))
         self._write("transcript.json", transcript(shown, self.chat))
         self._write("summary.json", summary)
         return summary
+
+    def validate(self, done: int, logger: MetricsLogger, progress: ProgressDisplay) -> float | None:
+        """Scores the policy after `done` steps where that is due and has not been done; returns the share
+        solved."""
+        every = self.config.eval.every
+        if not every or not done or done % every or self.evaluated == done:
+            return None
+        begin = time.perf_counter()
+        scores = self.evaluate("validation", self.config.eval.validation_tasks)[0]
+        row = eval_row(scores, "validation", 1.0) | {"time/eval": time.perf_counter() - begin}
+        logger.log(done - 1, row)
+        progress.message(f"step {done}: validation solved {scores['solved']:.3f}")
+        self.evaluated = done
+        return scores["solved"]
 
     def _write(self, name: str, value: Any) -> None:
         if self.world.main:
@@ -370,22 +341,24 @@ class Trainer:
     def evaluate(
         self, split: str, tasks: int, temperature: float = 1.0
     ) -> tuple[dict[str, Any], list[Rollout]]:
+        """Prompt-only scores on a split and the rollouts behind them; SIGTERM ends it at once."""
         self.model.eval()
         records = self.splits[split][:tasks]
-        return evaluate(
-            self.engine,
-            self.env,
-            self.chat,
-            records,
-            prompts=[self.builder.prompt(r) for r in records],
-            limits=self.limits,
-            temperature=temperature,
-            samples=self.config.eval.samples if temperature else 1,
-            seed=self.config.run.seed,
-            batch_size=self.config.rollout.batch_size,
-            sharded=self.sharded,
-            row_seeds=self.config.rollout.row_seeds,
-        )
+        with self.stop.interruptible():
+            return evaluate(
+                self.engine,
+                self.env,
+                self.chat,
+                records,
+                prompts=[self.builder.prompt(r) for r in records],
+                limits=self.limits,
+                temperature=temperature,
+                samples=self.config.eval.samples if temperature else 1,
+                seed=self.config.run.seed,
+                batch_size=self.config.rollout.batch_size,
+                sharded=self.sharded,
+                row_seeds=self.config.rollout.row_seeds,
+            )
 
     def final_scores(self) -> tuple[dict[str, dict[str, Any]], Rollout]:
         """Scores at temperature 1 and greedy, and one held-out rollout to show."""

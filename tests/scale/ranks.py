@@ -2,6 +2,8 @@
 
     python ranks.py '[{"run_dir": ..., "size": 2, "changes": {...}}, ...]'
 
+A job may begin as a copy ("from") of another's run folder.
+
 The ranks find each other through the variables that torchrun sets. Forking saves the seconds that each of
 many interpreters would take to import torch and transformers. Prints one JSON list of exit codes per job.
 """
@@ -9,11 +11,13 @@ many interpreters would take to import torch and transformers. Prints one JSON l
 import faulthandler
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
 from pathlib import Path
 
+import torch
 from scale_runs import config
 
 from pact_fast.trainer import Trainer
@@ -29,7 +33,7 @@ def rank(job, number, port):
         "MASTER_PORT": str(port),
         "PACT_FAST_TIMEOUT": str(job.get("timeout", 300)),
     }
-    faulthandler.dump_traceback_later(280, exit=True)
+    faulthandler.dump_traceback_later(job.get("limit", 1500), exit=True)
     trainer = Trainer(config(Path(job["run_dir"]), **job["changes"]))
     real = trainer.update
 
@@ -39,7 +43,7 @@ def rank(job, number, port):
     def poison(pack):
         out = hidden(pack)
         if poisoned and out.requires_grad:
-            out.register_hook(lambda grad: grad * float("nan"))
+            out.register_hook(lambda grad: torch.full_like(grad, job.get("poison_value", float("nan"))))
         return out
 
     trainer.policy.hidden = poison
@@ -57,7 +61,10 @@ def rank(job, number, port):
     trainer.train()
 
 
-def run(job):
+def start_ranks(job, before=lambda number: None):
+    """Forks the ranks of a job -> their pids; `before` is called with its number in each one's process."""
+    if "from" in job:
+        shutil.copytree(job["from"], job["run_dir"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,6 +77,7 @@ def run(job):
                 log = os.open(f"{job['run_dir']}.rank{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
+                before(number)
                 rank(job, number, port)
                 code = 0
             except BaseException:
@@ -78,8 +86,13 @@ def run(job):
                 sys.stdout.flush()
                 os._exit(code)
         children.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    return children
+
+
+def wait_for(pids):
+    """Exit codes of the ranks."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 if __name__ == "__main__":
-    print(json.dumps([run(job) for job in json.loads(sys.argv[1])]))
+    print(json.dumps([wait_for(start_ranks(job)) for job in json.loads(sys.argv[1])]))

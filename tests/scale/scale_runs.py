@@ -65,6 +65,10 @@ def weights(run_dir):
     return load_file(run_dir / "model" / "model.safetensors")
 
 
+def adapters(run_dir):
+    return load_file(run_dir / "model" / "adapter_model.safetensors")
+
+
 def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from scale_runs import config, curve, same_weights
+from scale_runs import adapters, config, curve, same_weights
 from transformers import AutoModelForCausalLM
 
 from pact_fast.checkpoint import Checkpointer
@@ -20,10 +20,6 @@ CHANGES = {
     "eval__validation_tasks": 1,
     "checkpoint__every": 2,
 }
-
-
-def adapters(run_dir):
-    return load_file(run_dir / "model" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")

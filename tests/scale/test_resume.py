@@ -140,58 +140,6 @@ def test_the_command_line_exits_0_on_sigterm_within_30_seconds_and_resumes(tmp_p
     assert json.loads((run_dir / "summary.json").read_text())["final"]
 
 
-# One interpreter forks the runs: starting one takes longer than training does here.
-KILLED = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from scale_runs import config, curve, same_weights, tiny_model, weights
-from pact_fast.trainer import Trainer
-
-root = Path(sys.argv[1])
-short = {"train__max_steps": 4, "eval__every": 0, "rollout__max_turn_length": 10, "rollout__max_turns": 1}
-tiny_model()
-
-def train(run_dir):
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        Trainer(config(run_dir, checkpoint__resume=True, checkpoint__every=1, **short)).train()
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-begin = time.monotonic()
-assert os.waitpid(train(root / "undisturbed"), 0)[1] == 0
-whole = time.monotonic() - begin
-rng, survived, kills, resumed = random.Random(), 0, 0, 0
-for attempt in range(20):
-    run_dir = root / str(attempt)
-    pid = train(run_dir)
-    time.sleep(rng.uniform(0.3, 1.0) * whole)
-    os.kill(pid, signal.SIGKILL)
-    kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
-    resumed += bool(list(run_dir.glob("checkpoints/step-*")))
-    assert os.waitpid(train(run_dir), 0)[1] == 0
-    assert same_weights(weights(run_dir), weights(root / "undisturbed")), f"attempt {attempt}: other weights"
-    assert curve(run_dir) == curve(root / "undisturbed"), f"attempt {attempt}: another curve"
-    survived += 1
-assert kills >= 10 and resumed >= 5, (kills, resumed)
-print(f"kill -9 of the trainer: {survived} of 20 survived; {kills} died of it, {resumed} had a checkpoint")
-"""
-
-
-@pytest.mark.timeout(900)
-def test_kill_9_of_the_trainer_at_random_moments_20_times(tmp_path):
-    arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(HERE)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=880, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
-    assert "20 of 20 survived" in done.stdout
-
-
 def test_a_signal_in_an_interruptible_phase_leaves_it_and_in_any_other_is_kept():
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

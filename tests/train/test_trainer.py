@@ -216,7 +216,7 @@ def test_weights_are_normalised_over_the_whole_update(make_trainer):
     samples, _, _ = step_samples(trainer)
     assert sum(float(s.policy_weight.sum()) for s in samples) == pytest.approx(1.0, abs=1e-5)
     trainer = make_trainer("sft")
-    strength = trainer._sft_strength(0.0)
+    strength = trainer.schedule.sft_strength(0.0)
     traces = trainer.builder.trace_samples(trainer.records[:5], strength, 1.0)
     assert sum(float(s.sft_weight.sum()) for s in traces) == pytest.approx(1.0, abs=1e-5)
 
@@ -257,7 +257,7 @@ def test_a_non_finite_step_is_skipped_counted_and_stops_after_ten(make_trainer, 
     trainer = make_trainer("component-sft", train__max_skipped_steps=3)
     weight = trainer.model.get_input_embeddings().weight
     good = weight.detach().clone()
-    sample = trainer.builder.trace_samples(trainer.records[:1], trainer._sft_strength(0.0), 1.0)
+    sample = trainer.builder.trace_samples(trainer.records[:1], trainer.schedule.sft_strength(0.0), 1.0)
 
     def poisoned(times):
         hook = weight.register_hook(lambda grad: grad * float("nan"))

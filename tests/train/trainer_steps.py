@@ -30,6 +30,7 @@ def step_samples(trainer, step=0, progress=0.0):
     config = trainer.config
     records = batch_records(trainer.records, step, config.train.prompts_per_step, config.run.seed)
     rollouts = trainer.rollout(records, step)
-    anchored = trainer._anchored(records, step)
-    batches = trainer.mini_batches(records, rollouts, anchored, trainer._sft_strength(progress), progress)
+    anchored = trainer.schedule.anchored(records, step)
+    strength = trainer.schedule.sft_strength(progress)
+    batches = trainer.mini_batches(records, rollouts, anchored, strength, progress)
     return [s for batch in batches for s in batch], rollouts, anchored
