@@ -39,6 +39,7 @@ class Sample:
     sft_weight: Tensor
     old_logprobs: Tensor | None = None
     engine_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
     prompt_only: bool = False
 
     @property
@@ -173,6 +174,7 @@ class PackLoss:
     policy: PactLossOutput | None
     sft: PactLossOutput | None
     num_tokens: int
+    num_pairs: int  # of a token and one it attends to
 
 
 def pack_losses(
@@ -206,7 +208,9 @@ def pack_losses(
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
         ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
-        pack = (pack_tree if tree else pack_linear)(ids).to(policy.device)
+        pack = (pack_tree if tree else pack_linear)(ids)
+        pairs = int(pack.position_ids.sum()) + pack.num_tokens
+        pack = pack.to(policy.device)
         outputs: dict[bool, PactLossOutput | None] = {}
         compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
         if sharded is None:
@@ -214,7 +218,7 @@ def pack_losses(
         else:
             sharded.sync_gradients(number == len(plan) - 1)
             total = sharded.run(compute)
-        yield PackLoss(total, chosen, outputs[True], outputs[False], pack.num_tokens)
+        yield PackLoss(total, chosen, outputs[True], outputs[False], pack.num_tokens, pairs)
 
 
 def _pack_loss(
@@ -260,6 +264,8 @@ def _loss_rows(
             add("advantages", sample.advantages[live])
             if sample.old_logprobs is not None:
                 add("old_logprobs", sample.old_logprobs[live])
+            if sample.ref_logprobs is not None:
+                add("ref_logprobs", sample.ref_logprobs[live])
         else:
             add("sft_weight", sample.sft_weight[live])
     return {k: torch.cat(v).to(device) for k, v in rows.items()} or None
@@ -282,6 +288,7 @@ def _call_op(
         epsilon_low=objective.epsilon,
         epsilon_high=objective.epsilon if objective.epsilon_high is None else objective.epsilon_high,
         dual_clip=objective.dual_clip,
+        beta=objective.beta if "policy_weight" in rows else 0.0,
         entropy_coef=objective.entropy_coef if "policy_weight" in rows else 0.0,
         bias=head.bias,
         softcap=head.softcap,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pact_fast.config import ConfigError, DistributedConfig, LoraConfig, ModelConfig, TrainConfig
+from pact_fast.config import Config, ConfigError, DistributedConfig, LoraConfig, ModelConfig, TrainConfig
 from pact_fast.distributed import Sharded, World
 from pact_fast.models import base_model_path
+from pact_fast.optimizer import AdamWBF16, adamw_8bit
+from pact_fast.policy import Policy
 
 
 def device_of(name: str, local_rank: int = 0) -> torch.device:
@@ -56,23 +59,50 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
     return peft.get_peft_model(model, settings)
 
 
+def build_policy(model: Any, config: ModelConfig) -> Policy:
+    return Policy(
+        model,
+        attention=config.attention,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
+    )
+
+
+def build_reference(policy: Policy, config: Config) -> Policy | None:
+    """The policy before training, for the KL penalty: a frozen copy, or under LoRA the policy itself, whose
+    adapters are switched off while it is scored. None without a penalty. Call before sharding."""
+    if not config.objective.beta:
+        return None
+    if config.lora.rank:
+        return policy
+    return build_policy(copy.deepcopy(policy.model).requires_grad_(False).eval(), config.model)
+
+
 def build_sharded(model: nn.Module, world: World, config: DistributedConfig) -> Sharded:
-    """The model over the ranks of `world`; ConfigError for an option that needs more than one process."""
-    if world.size == 1 and config != DistributedConfig():
-        raise ConfigError(f"{config}: options of several processes; start the run with torchrun")
+    """The model over the ranks of `world`; ConfigError for an option that needs FSDP where there is none."""
+    if not world.distributed and config != DistributedConfig():
+        raise ConfigError(f"{config}: options of FSDP; start the run with torchrun, on one GPU too")
     dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else None
     return Sharded(model, world, param_dtype=dtype, cpu_offload=config.cpu_offload)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, norms and biases do not."""
+def build_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torch.optim.Optimizer:
+    """AdamW, its states as `train.optim` says; matrices decay, norms and biases do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    kind: Any = {"adamw": torch.optim.AdamW, "adamw_bf16": AdamWBF16}.get(config.optim)
+    if kind is None:
+        if world.distributed:
+            raise ConfigError(
+                "train.optim=adamw_8bit: its states lie in blocks that cannot move between numbers of ranks; "
+                "use adamw_bf16, or one process without torchrun"
+            )
+        kind = adamw_8bit()
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas)
+    return kind([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import threading
 import warnings
@@ -26,20 +25,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from pact_fast.training_state import (
+    CheckpointError,
+    check_names,
+    collect,
+    empty_optimizer_state,
+    generators,
+    model_tensors,
+    set_generators,
+    set_optimizer_state,
+)
 
 MANIFEST, STATE = "manifest.json", "state.json"
 REPLACED = ".replaced-"  # before the name of a checkpoint while a new one takes its place
 FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names it and says what to do."""
 
 
 class Checkpointer:
@@ -87,14 +92,14 @@ class Checkpointer:
         A save that fails (disk full) leaves the older checkpoints as they are and warns; `wait` raises it.
         """
         self._join(warn=True)
-        tensors = self._stager.stage(_collect(model, optimizer))
+        tensors = self._stager.stage(collect(model, optimizer))
         assert isinstance(tensors, dict)
         record = {"step": step, "score": score, "state": dict(state)}
-        text, generators = json.dumps(record), json.dumps(_generators())
+        text, draws = json.dumps(record), json.dumps(generators())
 
         def write() -> None:
             try:
-                self._write(step, tensors, text, generators)
+                self._write(step, tensors, text, draws)
             except BaseException as error:
                 self._error = error
 
@@ -127,7 +132,7 @@ class Checkpointer:
             raise CheckpointError(message) from error
         warnings.warn(message, stacklevel=3)
 
-    def _write(self, step: int, tensors: dict[str, Any], text: str, generators: str) -> None:
+    def _write(self, step: int, tensors: dict[str, Any], text: str, draws: str) -> None:
         target = self.folder / f"step-{step:06d}"
         building = self.folder / f".building-{step:06d}"
 
@@ -154,7 +159,7 @@ class Checkpointer:
                 dcp.save(
                     tensors, storage_writer=writer, process_group=self._group, no_dist=not self._distributed
                 )
-            _write_synced(building / f"rank-{self.rank}.json", generators)
+            _write_synced(building / f"rank-{self.rank}.json", draws)
 
         try:
             self._together(prepare if self.rank == 0 else _nothing)
@@ -243,9 +248,9 @@ class Checkpointer:
         """Puts weights, optimizer state and random generators back; returns {"step", "score", "state"}."""
         self._join(warn=True)
         load_tensors(path, model, optimizer, distributed=self._distributed)
-        generators = path / f"rank-{self.rank}.json"
-        if generators.exists():  # more ranks than before: the new ones keep their own seeds
-            _set_generators(json.loads(generators.read_text()))
+        draws = path / f"rank-{self.rank}.json"
+        if draws.exists():  # more ranks than before: the new ones keep their own seeds
+            set_generators(json.loads(draws.read_text()))
         return json.loads((path / STATE).read_text())
 
 
@@ -256,16 +261,16 @@ def load_tensors(
     reader = dcp.HuggingFaceStorageReader(str(path))
     metadata: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     saved = {name: tuple(meta.size) for name, meta in metadata.items()}
-    wanted = {f"model/{name}": tensor for name, tensor in _model_tensors(model).items()}
-    _check_names(path, {n: s for n, s in saved.items() if n.startswith("model/")}, wanted)
+    wanted = {f"model/{name}": tensor for name, tensor in model_tensors(model).items()}
+    check_names(path, {n: s for n, s in saved.items() if n.startswith("model/")}, wanted)
     target: dict[str, Any] = dict(wanted)
     if optimizer is not None:
-        target |= _empty_optimizer_state(path, metadata, model)
+        target |= empty_optimizer_state(path, metadata, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=not distributed)
     if optimizer is not None:
-        _set_optimizer_state(optimizer, model, target)
+        set_optimizer_state(optimizer, model, target)
 
 
 def verify(path: Path) -> str | None:
@@ -295,102 +300,6 @@ def write_json(path: Path, value: Any) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     _write_synced(beside, json.dumps(value, indent=1))
     beside.replace(path)
-
-
-def _collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"model/{name}": tensor.detach() for name, tensor in _model_tensors(model).items()}
-    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"optimizer state {key!r} of {names[parameter]} is no tensor: {value!r}"
-                )
-            # safetensors slices need a dimension; AdamW's step counter has none.
-            scalar = value.ndim == 0
-            prefix = "scalar" if scalar else "optimizer"
-            tensors[f"{prefix}/{key}/{names[parameter]}"] = (
-                value.detach().reshape(1) if scalar else value.detach()
-            )
-    return tensors
-
-
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters (tied ones once) and persistent buffers, by name."""
-    tensors: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-    persistent = model.state_dict().keys()
-    return tensors | {n: b for n, b in model.named_buffers() if n in persistent}
-
-
-def _empty_optimizer_state(path: Path, metadata: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
-    empty: dict[str, Tensor] = {}
-    for full, meta in metadata.items():
-        kind, _, rest = full.partition("/")
-        if kind == "model":
-            continue
-        name = rest.partition("/")[2]
-        if name not in parameters:
-            raise CheckpointError(f"{path}: holds optimizer state of {name!r}, which the model has not")
-        dtype = meta.properties.dtype
-        if kind == "scalar":
-            empty[full] = torch.zeros(1, dtype=dtype)
-        else:  # sharded as its parameter is
-            empty[full] = torch.zeros_like(parameters[name].data, dtype=dtype)
-    return empty
-
-
-def _set_optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
-) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for full, value in tensors.items():
-        kind, _, rest = full.partition("/")
-        if kind != "model":
-            key, _, name = rest.partition("/")
-            optimizer.state[parameters[name]][key] = value.reshape(()) if kind == "scalar" else value
-
-
-def _check_names(path: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor]) -> None:
-    problems = [f"{name} is missing in it" for name in sorted(wanted.keys() - saved.keys())]
-    problems += [f"{name} is unknown to the model" for name in sorted(saved.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {list(saved[name])}, the model's {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in saved and saved[name] != tuple(tensor.shape)
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{path} is of another model: {'; '.join(problems[:3])}{more}. Use the config the run began with"
-        )
-
-
-def _generators() -> dict[str, Any]:
-    legacy: Any = np.random.get_state()  # noqa: NPY002 - the global state is what libraries draw from
-    name, keys, position, has_gauss, cached = legacy
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
-        "torch": bytes(torch.get_rng_state().tolist()).hex(),
-        "cuda": [bytes(s.tolist()).hex() for s in torch.cuda.get_rng_state_all()],
-    }
-
-
-def _set_generators(saved: Mapping[str, Any]) -> None:
-    version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = saved["numpy"]
-    state = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
-    np.random.set_state(state)  # noqa: NPY002
-    torch.set_rng_state(_bytes(saved["torch"]))
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_bytes(state) for state in saved["cuda"]])
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
 def _write_manifest(folder: Path, record: Mapping[str, Any]) -> None:

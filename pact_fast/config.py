@@ -27,6 +27,7 @@ class ModelConfig:
 
     path: a Hugging Face folder or hub name; "toolbox-base" is the small model that ships with the package.
     chat_format: "auto" takes what the tokenizer's own template speaks.
+    compile: backend of torch.compile for the decoder layers in scoring and training ("inductor"); None: off.
     """
 
     path: str = "toolbox-base"
@@ -34,6 +35,7 @@ class ModelConfig:
     chat_format: str = "auto"
     attention: str = "auto"
     gradient_checkpointing: bool = False
+    compile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class ObjectiveConfig:
         no SFT term is used. sft_weight: alpha. mu_start, mu_end: CHORD's global weight, loss (1-mu) RL + mu
         SFT.
     trace_observations: whether tool responses stay in the trace.
+    beta: KL penalty to the policy before training, k3 estimator, under the context of the ratio.
+    engine_correction_cap: C; every advantage is multiplied by min(pi_old(y|x) / pi_engine(y|x), C), the
+        trainer's over the engine's probability of the token as it was drawn (TIS). None: off.
     skip_zero_advantage: rollouts whose advantage is exactly 0 leave the pass (they still count in the
     normalisation).
     """
@@ -105,6 +110,7 @@ class ObjectiveConfig:
     epsilon_high: float | None = None
     dual_clip: float | None = None
     beta: float = 0.0
+    engine_correction_cap: float | None = None
     entropy_coef: float = 0.0
     sft_targets: Literal["components", "all", "none"] = "components"
     sft_weight: float = 1.0
@@ -123,7 +129,8 @@ class ObjectiveConfig:
 class TrainConfig:
     """The loop. prompts_per_step times num_generations rollouts are drawn a step and used in
     num_mini_batches updates, num_iterations times over. token_budget: packed tokens of one forward. packing:
-    "tree", or "none" for comparison."""
+    "tree", or "none" for comparison. optim: states of AdamW in the weights' dtype, in bfloat16, or in 8 bits
+    (torchao)."""
 
     max_steps: int = 160
     prompts_per_step: int = 8
@@ -132,6 +139,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
+    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -177,11 +185,16 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """report_to: trackers beside metrics.jsonl and TensorBoard: "wandb", "trackio". peak_tflops: of one
+    device in the dtype of compute, for `mfu`; None takes the data sheet's of a known GPU."""
+
     name: str = "toolbox-pact"
     dir: str = "runs"
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    report_to: list[str] = field(default_factory=list)
+    peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -364,7 +377,13 @@ def _check_values(config: Config, source: str) -> None:
             o.mu_end,
             "both mu_start and mu_end, or none",
         ),
-        (o.beta == 0, "objective.beta", o.beta, "0: a reference model is not available yet"),
+        (o.beta >= 0, "objective.beta", o.beta, "a coefficient >= 0"),
+        (
+            o.engine_correction_cap is None or o.engine_correction_cap > 0,
+            "objective.engine_correction_cap",
+            o.engine_correction_cap,
+            "a cap above 0 (2, say), or none",
+        ),
         (t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1"),
         (t.prompts_per_step >= 1, "train.prompts_per_step", t.prompts_per_step, "at least 1"),
         (t.learning_rate >= 0, "train.learning_rate", t.learning_rate, "a value >= 0"),

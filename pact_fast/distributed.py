@@ -37,10 +37,16 @@ class RankLost(RuntimeError):
 
 
 class World:
-    """The processes of a run; with one process every method is the identity."""
+    """The processes of a run; with one process every method is the identity.
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    distributed: whether there is a process group: models are sharded, if only over one rank.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, *, distributed: bool = False
+    ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.distributed = distributed or size > 1
 
     @property
     def main(self) -> bool:
@@ -102,14 +108,14 @@ def rank_timeout() -> float:
 
 
 def join_world(device: str) -> World:
-    """The world that torchrun describes in the environment; one process without it.
+    """The world that torchrun describes in the environment, be it of one rank; one process without it.
 
     A rank that dies makes the others fail at once, one that hangs after `rank_timeout()`: see World.peers.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return World()
-    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    world = World(int(os.environ["RANK"]), size, local_rank, distributed=True)
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(world.local_rank)
@@ -121,7 +127,7 @@ def join_world(device: str) -> World:
 
 
 class Sharded:
-    """A model spread over the ranks of a world; over one rank, the model itself.
+    """A model spread over the ranks of a world; in one process without torchrun, the model itself.
 
     Args:
         model: a causal LM; its parameters become sharded in place.
@@ -139,12 +145,12 @@ class Sharded:
     ) -> None:
         self.model, self.world = model, world
         self._root: Any = None
-        if world.size == 1:
+        if not world.distributed:
             return
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         options: dict[str, Any] = {"mp_policy": precision}
         if cpu_offload:
-            options["offload_policy"] = CPUOffloadPolicy()
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for layer in _decoder_layers(model):
             fully_shard(layer, **options)
         self._root = fully_shard(_Root(model), **options)

@@ -59,6 +59,9 @@ METRICS: dict[str, Metric] = {
     "sharing": Metric("tokens of all sequences over tokens of the packed trees", "times"),
     "mfu": Metric("model FLOP utilisation of the update", "share"),
     "memory/peak": Metric("peak memory: of the GPU, or resident size on CPU", "GiB"),
+    "memory/rollout": Metric("peak of the rollouts; on CPU the resident size after them", "GiB"),
+    "memory/score": Metric("peak of the scoring passes; on CPU the resident size after them", "GiB"),
+    "memory/update": Metric("peak of the update; on CPU the resident size after it", "GiB"),
     "time/rollout": Metric("rollouts, tools included", "s"),
     "time/score": Metric("scoring passes (old log-probs, gauges)", "s"),
     "time/update": Metric("forward, backward, optimizer step", "s"),
@@ -350,4 +353,5 @@ def _tracker(name: str, run_dir: Path, config: Mapping[str, Any] | None) -> Any:
         module = __import__(name)
     except ImportError as error:
         raise ImportError(f"report_to={name!r} needs `pip install {name}`") from error
-    return module.init(project="pact_fast", name=run_dir.name, config=dict(config or {}))
+    place = {"dir": str(run_dir)} if name == "wandb" else {}
+    return module.init(project="pact_fast", name=run_dir.name, config=dict(config or {}), **place)

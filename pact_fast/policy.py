@@ -34,6 +34,7 @@ class HeadParams(NamedTuple):
     scale: float
 
 
+@torch.compiler.disable
 def _pact_tree_attention(
     module: nn.Module,
     query: Tensor,  # [1, Hq, T, D], rotated
@@ -119,6 +120,8 @@ class Policy:
             activations.
         liger: replace RMSNorm, RoPE and SwiGLU by Liger's Triton kernels (package liger-kernel). This changes
             the model itself, and RoPE for every model of its family in the process, as Liger does it.
+        compile: backend of torch.compile ("inductor") for the decoder layers, within `hidden` and `stream`
+            alone; attention itself stays outside of the compiled parts.
 
     RuntimeError if a layer turns out not to run our attention. ValueError names what a tree cannot go
     through: other families, recurrent or linear-attention layers, attention sinks, RoPE that depends on the
@@ -132,6 +135,7 @@ class Policy:
         attention: str = "auto",
         gradient_checkpointing: bool = False,
         liger: bool = False,
+        compile: str | None = None,
     ) -> None:
         unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
         causal: Any = unwrap() if unwrap else model
@@ -143,6 +147,13 @@ class Policy:
         self.gradient_checkpointing = gradient_checkpointing
         self._causal: Any = causal
         self._layers: list[Any] = [m for m in causal.modules() if hasattr(type(m), "gradient_checkpointing")]
+        self._compiled: list[tuple[Any, Any]] = []
+        if compile is not None:
+            # The forwards, not the modules: hooks (FSDP's, say) then run outside of what is compiled.
+            self._compiled = [
+                (layer, torch.compile(layer.forward, backend=compile, dynamic=True))
+                for layer in causal.get_decoder().layers
+            ]
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +185,7 @@ class Policy:
                 f"attention_dropout = {dropout} in training: tree attention has no dropout; set it to 0 in "
                 "the model's config or call model.eval()"
             )
-        with _tree_attention_on(config), self._checkpointing(config):
+        with self._inside(config), self._checkpointing(config):
             out = self._causal.model(
                 input_ids=input_ids[None],
                 position_ids=position_ids[None],
@@ -215,6 +226,18 @@ class Policy:
             path = here[keep]
 
     @contextmanager
+    def _inside(self, config) -> Iterator[None]:
+        """Our attention, and the compiled layers where asked; what the model has otherwise comes back."""
+        with _tree_attention_on(config):
+            for layer, compiled in self._compiled:
+                layer.forward = compiled
+            try:
+                yield
+            finally:
+                for layer, _ in self._compiled:
+                    vars(layer).pop("forward", None)
+
+    @contextmanager
     def _checkpointing(self, config) -> Iterator[None]:
         """Checkpoint the layers of this forward where asked, here or on the model; then restore it."""
         wanted = self.gradient_checkpointing or any(layer.gradient_checkpointing for layer in self._layers)
@@ -223,7 +246,7 @@ class Policy:
             return
         # The backward recomputes a layer after `hidden` has returned: the attention must be ours then, too.
         func = partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _tree_attention_on(config))
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self._inside(config))
         )
         saved = [
             (

@@ -10,7 +10,7 @@ checkpointed, FSDP2 a layer at a time (distributed.py). Bytes per GPU:
     loss         6 chunk V + 4 V H                a chunk of logits with its fp32 row work; dW of the head
 
 T packed tokens on this GPU, H hidden, L layers, F intermediate, V vocabulary, Hq and Hkv heads of size D.
-With one GPU nothing is gathered: the whole bf16 copy of the weights counts instead.
+The same on one GPU under torchrun: a layer's fp32 shard, there the whole layer, becomes bf16 when it is used.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def memory(shape: Shape, gpus: int, tokens: int) -> dict[str, float]:
     if gpus < 1 or tokens < 1:
         raise ValueError(f"gpus={gpus}, tokens={tokens}: both must be at least 1")
     s = shape
-    gathered = 2 * s.parameters if gpus == 1 else 2 * (2 * s.layer_parameters + s.root_parameters)
+    gathered = 2 * (2 * s.layer_parameters + s.root_parameters)
     width = 7 * s.hidden + 4 * (s.heads + s.kv_heads) * s.head_dim + 4 * s.intermediate
     parts = {
         "states": state_bytes(s, gpus),

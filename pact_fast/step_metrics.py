@@ -32,6 +32,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]
         "reward_std": float(spread.mean()),
         "frac_reward_zero_std": float((spread == 0).float().mean()),
         "solved": sum(o.solved for o in outcomes) / len(outcomes),
+        "completions/max_length": max(r.num_sampled for r in rollouts),
+        "completions/turns": sum(len(r.turn_rewards) for r in rollouts) / len(rollouts),
         "completions/mean_length": sum(r.num_sampled for r in rollouts) / len(rollouts),
         "completions/calls": sum(o.calls for o in outcomes) / len(outcomes),
         "completions/clipped_ratio": sum(r.truncated is not None for r in rollouts) / len(rollouts),
@@ -40,14 +42,22 @@ def rollout_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]
 
 def pack_metrics(pack: PackLoss) -> dict[str, float]:
     """Sums over one pack, on the host."""
-    out = {"loss": float(pack.loss.detach()), "tokens": float(pack.num_tokens)}
+    out = {
+        "loss": float(pack.loss.detach()),
+        "tokens": float(pack.num_tokens),
+        "pairs": float(pack.num_pairs),
+    }
     if pack.policy is not None:
         chosen = [s for s in pack.samples if s.is_policy]
         live = [s.live() for s in chosen]
         rows = sum(len(i) for i in live)
+        out["rows"] = rows
         out |= {
             "policy_loss": float(pack.policy.policy_loss),
             "policy_rows": rows,
+            "policy_weight": float(sum(s.policy_weight.sum() for s in chosen)),
+            "kl": float(pack.policy.kl),
+            "entropy": float(pack.policy.entropy),
             "clipped": float(pack.policy.clip_fraction) * rows,
         }
         if chosen[0].old_logprobs is not None:
@@ -60,6 +70,7 @@ def pack_metrics(pack: PackLoss) -> dict[str, float]:
             "sft_rows": len(logprobs),
             "sft_logprob": float(logprobs.sum()),
         }
+        out["rows"] = out.get("rows", 0.0) + len(logprobs)
     return out
 
 
@@ -75,6 +86,8 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     }
     if total("policy_rows"):
         row["policy_loss"] = total("policy_loss") / len(updates)
+        row["kl"] = total("kl") / total("policy_weight")
+        row["entropy"] = total("entropy") / total("policy_weight")
         row["clip_ratio"] = total("clipped") / total("policy_rows")
         row["pact/ppo_kl"] = total("ppo_kl") / total("policy_rows")
     if total("sft_rows"):

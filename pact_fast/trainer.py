@@ -16,7 +16,15 @@ from rich.console import Console
 from torch.nn.utils import clip_grad_norm_
 
 from pact_fast.batch import Sample, SampleBuilder, needed, pack_losses, trim
-from pact_fast.build import build_model, build_optimizer, build_sharded, device_of, learning_rate
+from pact_fast.build import (
+    build_model,
+    build_optimizer,
+    build_policy,
+    build_reference,
+    build_sharded,
+    device_of,
+    learning_rate,
+)
 from pact_fast.checkpoint import Checkpointer, write_json
 from pact_fast.config import Config, changed_keys
 from pact_fast.data.chat import ChatFormat
@@ -24,10 +32,11 @@ from pact_fast.data.records import Record
 from pact_fast.distributed import join_world, plain
 from pact_fast.envs.base import make_env
 from pact_fast.evaluate import eval_row, evaluate, transcript
-from pact_fast.gauges import score_rollouts
+from pact_fast.gauges import score_reference, score_rollouts
 from pact_fast.metrics import MetricsLogger, ProgressDisplay
 from pact_fast.objective import SFTStrength
-from pact_fast.policy import Policy
+from pact_fast.optimizer import set_learning_rate
+from pact_fast.phases import Phases, peak_flops, speed
 from pact_fast.preemption import Preempted, StopSignal
 from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, spread_rollouts
 from pact_fast.schedule import Schedule
@@ -58,11 +67,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir) / config.run.name
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
-        self.policy = Policy(
-            self.model,
-            attention=config.model.attention,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-        )
+        self.policy = build_policy(self.model, config.model)
         self.chat = ChatFormat.for_tokenizer(
             self.tokenizer, config.model.chat_format, segments=config.objective.reasoning_segments
         )
@@ -76,8 +81,11 @@ class Trainer:
         self.limits = RolloutLimits(
             config.rollout.max_turns, config.rollout.max_completion_length, config.rollout.max_turn_length
         )
-        self.sharded = build_sharded(self.model, self.world, config.distributed)
-        self.optimizer = build_optimizer(self.model, config.train)
+        self.reference = build_reference(self.policy, config)
+        self.sharded = self.reference_sharded = build_sharded(self.model, self.world, config.distributed)
+        if self.reference is not None and self.reference is not self.policy:
+            self.reference_sharded = build_sharded(self.reference.model, self.world, config.distributed)
+        self.optimizer = build_optimizer(self.model, config.train, self.world)
         self.checkpoints = Checkpointer(
             self.run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -85,60 +93,72 @@ class Trainer:
         )
         self.stop = StopSignal(immediate=self.world.size == 1)
         self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = self.evaluated = 0
+        self.saving = 0.0  # seconds since the last row
+        self.peak = peak_flops(self.device, config.run.peak_tflops, self.world.size)
 
     # -- one step ----------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
         """Rolls out, scores and updates once; returns the row of metrics.jsonl."""
         config, o = self.config, self.config.objective
-        begin = time.perf_counter()
+        phases = Phases(self.device)
         progress = step / config.train.max_steps
         records = batch_records(self.records, step, config.train.prompts_per_step, config.run.seed)
         rl = o.rl_context != "none" and progress >= o.rl_start
         strength = self.schedule.sft_strength(progress)
-        with self.stop.interruptible():
+        with phases("rollout"), self.stop.interruptible():
             rollouts = self.rollout(records, step) if rl else []
-        row, rolled = rollout_metrics(rollouts, config.rollout.num_generations), time.perf_counter()
-        row["time/rollout"] = rolled - begin
+        row = rollout_metrics(rollouts, config.rollout.num_generations)
         anchored = self.schedule.anchored(records, step)
         mini_batches = self.mini_batches(records, rollouts, anchored, strength, progress)
         several = config.train.num_mini_batches * config.train.num_iterations > 1
         gauge = bool(rollouts) and config.eval.gauge_every > 0 and step % config.eval.gauge_every == 0
-        if several or gauge:
-            row |= score_rollouts(
-                self.policy,
-                self.builder,
-                [s for samples in mini_batches for s in samples],
-                {r.id: r for r in records},
-                temperature=config.rollout.temperature,
-                token_budget=config.train.token_budget,
-                sharded=self.sharded,
-            )
-        scored = time.perf_counter()
-        row["time/score"] = scored - rolled
+        with phases("score"):
+            row |= self.score(mini_batches, {r.id: r for r in records}, several or gauge)
         updates = []
-        for _ in range(config.train.num_iterations):
-            for samples in mini_batches:
-                updates.append(self.update(samples, step))
-                if len(updates) == 1 and (several or gauge) and o.ratio_denominator == "context":
-                    self._check_first_update(updates[0])
-        row |= update_metrics(updates)
-        row["time/update"] = time.perf_counter() - scored
-        row["time/step"] = time.perf_counter() - begin
-        row["tokens_per_second"] = sum(p["tokens"] for u in updates for p in u.losses) / row["time/step"]
-        self.tokens_trained += int(sum(p["tokens"] for u in updates for p in u.losses))
+        with phases("update"):
+            for _ in range(config.train.num_iterations):
+                for samples in mini_batches:
+                    updates.append(self.update(samples, step))
+                    if len(updates) == 1 and (several or gauge) and o.ratio_denominator == "context":
+                        self._check_first_update(updates[0])
+        row |= update_metrics(updates) | phases.finish()
+        packs = [pack for update in updates for pack in update.losses]
+        row |= speed(packs, row, self.model.config, self.peak, frozen=bool(config.lora.rank))
+        self.tokens_trained += int(sum(pack["tokens"] for pack in packs))
         row |= {
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "num_tokens": self.tokens_trained,
             "pact/skipped_steps": self.skipped_steps,
             "pact/anchored": sum(anchored.values()) / len(anchored),
+            "time/checkpoint": self.saving,
         }
+        self.saving = 0.0
         if strength is not None:
             row |= {
                 "pact/tool_call_scale": strength.tool_call,
                 "pact/reasoning_level": strength.reasoning_level,
                 "pact/sft_coef": self.schedule.sft_scale(progress),
             }
+        return row
+
+    def score(
+        self, mini_batches: Sequence[Sequence[Sample]], records: dict[str, Record], old: bool
+    ) -> dict[str, float]:
+        """The passes without gradient that this step needs: old log-probs and gauges, the reference's."""
+        o, samples = self.config.objective, [s for part in mini_batches for s in part]
+        how: dict[str, Any] = {
+            "temperature": self.config.rollout.temperature,
+            "token_budget": self.config.train.token_budget,
+        }
+        row: dict[str, float] = {}
+        if old or o.engine_correction_cap is not None:
+            cap = o.engine_correction_cap
+            row = score_rollouts(
+                self.policy, self.builder, samples, records, sharded=self.sharded, correction_cap=cap, **how
+            )
+        if self.reference is not None:
+            score_reference(self.reference, samples, sharded=self.reference_sharded, **how)
         return row
 
     def rollout(self, records: Sequence[Record], step: int) -> list[Rollout]:
@@ -194,8 +214,7 @@ class Trainer:
         """One optimizer update. A non-finite loss or gradient leaves the weights as they are."""
         config = self.config
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config.train, step)
+        set_learning_rate(self.optimizer, learning_rate(config.train, step))
         self.optimizer.zero_grad(set_to_none=True)
         losses, bad = [], []
         for pack in pack_losses(
@@ -246,7 +265,8 @@ class Trainer:
         """The ratio is 1 on the first update after a rollout, or else two passes disagree."""
         metrics = update_metrics([update])
         kl, clipped = metrics.get("pact/ppo_kl", 0.0), metrics.get("clip_ratio", 0.0)
-        if self.config.model.dtype == "float32" and not update.skipped and (abs(kl) > 1e-6 or clipped > 0):
+        exact = "bfloat16" not in (self.config.model.dtype, self.config.distributed.compute_dtype)
+        if exact and not update.skipped and (abs(kl) > 1e-6 or clipped > 0):
             raise TrainingStopped(
                 f"first update after a rollout: ppo_kl={kl:.2e}, clip fraction {clipped:.2e}, both should "
                 "be 0: the scoring pass and the training pass compute different log-probs"
@@ -265,7 +285,13 @@ class Trainer:
         }
         start, base = self.resume() if config.checkpoint.resume else (0, None)
         main, total = self.world.main, config.train.max_steps
-        logger = MetricsLogger(self.run_dir, resume_step=start - 1 if start else None, write=main)
+        logger = MetricsLogger(
+            self.run_dir,
+            resume_step=start - 1 if start else None,
+            report_to=config.run.report_to,
+            run_config=config.to_dict(),
+            write=main,
+        )
         progress = ProgressDisplay(total, start_step=start, console=Console(quiet=not main))
         done = start  # steps whose update has been made
         with logger, progress, self.stop, self.world.peers():
@@ -297,8 +323,7 @@ class Trainer:
         return summary
 
     def validate(self, done: int, logger: MetricsLogger, progress: ProgressDisplay) -> float | None:
-        """Scores the policy after `done` steps where that is due and has not been done; returns the share
-        solved."""
+        """Scores the policy after `done` steps where that is due and not done yet -> share solved."""
         every = self.config.eval.every
         if not every or not done or done % every or self.evaluated == done:
             return None
@@ -316,9 +341,11 @@ class Trainer:
 
     def checkpoint(self, step: int, base: Any, score: float | None = None, *, wait: bool = False) -> None:
         """Saves what later steps depend on; data order, anchors and annealing are functions of the step."""
+        begin = time.perf_counter()
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {"counters": counters, "base": base, "config": self.config.to_dict()}
         self.checkpoints.save(step, self.model, self.optimizer, state, score=score, wait=wait)
+        self.saving += time.perf_counter() - begin
 
     def resume(self) -> tuple[int, Any]:
         """Puts the newest whole checkpoint back -> (steps done, base scores); (0, None) without one."""

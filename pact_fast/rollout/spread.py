@@ -30,7 +30,7 @@ def spread_rollouts(
     row_seeds: draw in one process as several ranks do, each rollout from a seed of its own.
     """
     world = sharded.world
-    if world.size == 1:
+    if not world.distributed:
         return collect_rollouts(
             engine,
             env,

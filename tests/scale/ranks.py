@@ -25,14 +25,19 @@ from pact_fast.trainer import Trainer
 
 def rank(job, number, port):
     """The life of one rank; `poison` puts a NaN into this rank's gradient at a step, `die` ends it there."""
-    os.environ |= {
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(job["size"]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PACT_FAST_TIMEOUT": str(job.get("timeout", 300)),
-    }
+    places = (
+        {}
+        if job["size"] == 1 and not job.get("fsdp")
+        else {
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(job["size"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PACT_FAST_TIMEOUT": str(job.get("timeout", 300)),
+        }
+    )
+    os.environ |= places
     faulthandler.dump_traceback_later(job.get("limit", 1500), exit=True)
     trainer = Trainer(config(Path(job["run_dir"]), **job["changes"]))
     real = trainer.update

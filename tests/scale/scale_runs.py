@@ -74,9 +74,9 @@ def same_weights(a, b):
 
 
 def curve(run_dir):
-    """Rows of metrics.jsonl without what the clock decides."""
-    clock = ("time", "tokens_per_second", "rollout_tokens_per_second", "memory/peak")
+    """Rows of metrics.jsonl without what clock and machine decide."""
+    clock = ("time", "tokens_per_second", "rollout_tokens_per_second", "mfu")
     return [
-        {k: v for k, v in row.items() if k not in clock and not k.startswith("time/")}
+        {k: v for k, v in row.items() if k not in clock and not k.startswith(("time/", "memory/"))}
         for row in read_metrics(run_dir)
     ]

@@ -8,18 +8,29 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from scale_runs import adapters, curve, same_weights, tiny_model, weights
+from transformers import AutoModelForCausalLM
 
 from pact_fast.distributed import World
+from pact_fast.export import export
 
 HERE = Path(__file__).parent
 # Small packs: several an update, and on two ranks an odd number now and then.
 TOTAL = int(os.environ.get("PACT_SCALE_STEPS", "6"))  # the figures of docs/scaling.md are of 20
 SHORT = {"train__max_steps": TOTAL, "train__token_budget": 900, "eval__every": 0, "eval__validation_tasks": 1}
 SHORT["rollout__row_seeds"] = True  # one process draws as several do
+SHORT["objective__beta"] = 0.05  # a reference model, sharded as the policy is
 STEPS = {"checkpoint__every": 1, "checkpoint__keep_last": 20}
-LORA = {"lora__rank": 4, "train__learning_rate": 0.01, "train__max_steps": max(3, TOTAL // 2)}
+LORA = {
+    "lora__rank": 4,
+    "checkpoint__every": 1,
+    "train__learning_rate": 0.01,
+    "train__max_steps": max(3, TOTAL // 2),
+}
+
+HALF = {"distributed__compute_dtype": "bfloat16", "distributed__cpu_offload": True, "train__max_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +47,7 @@ def jobs(tmp_path_factory):
     listed = [
         job("one", 1),
         job("two", 2),
+        job("one rank under FSDP", 1, fsdp=True),
         job("no-accumulation", 2, changes={"train__token_budget": 100_000}),
         job("two, rank 1 killed", 2, run="moved", die=[1, 2], timeout=60, changes=STEPS),
         job("two go on as two", 2, **{"from": str(root / "moved")}, changes=resume),
@@ -44,6 +56,7 @@ def jobs(tmp_path_factory):
         job("lora one", 1, changes=LORA),
         job("lora two, rank 0 killed", 2, run="lora-two", die=[0, 2], timeout=60, changes=LORA | STEPS),
         job("lora two finish", 2, run="lora-two", changes=LORA | resume),
+        job("bf16, offloaded", 2, changes=HALF),
         job("poisoned one", 1, poison=[0, 3]),
         job("poisoned rank 1 of two", 2, poison=[1, 3]),
     ]
@@ -62,10 +75,10 @@ def difference(jobs, a, b, read=weights):
 
 
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize("other", ["two", "no-accumulation"])
-def test_two_ranks_train_to_the_weights_of_one_process(jobs, other):
+@pytest.mark.parametrize("other", ["two", "no-accumulation", "one rank under FSDP"])
+def test_ranks_train_to_the_weights_of_one_process(jobs, other):
     assert jobs["one"][0] == [0]
-    assert jobs[other][0] == [0, 0]
+    assert set(jobs[other][0]) == {0}
     worst = difference(jobs, "one", other)
     print(f"{other}, {TOTAL} steps, against one process: largest difference of a weight {worst:.1e}")
     assert worst < 1e-5
@@ -124,6 +137,28 @@ def test_a_nan_in_one_ranks_gradient_skips_the_update_on_all(jobs):
     assert [row["pact/skipped_steps"] for row in rows if "loss" in row] == [0] * 3 + [2] * (TOTAL - 3)
     assert difference(jobs, "poisoned one", "poisoned rank 1 of two") < 1e-5
     assert difference(jobs, "one", "poisoned one") > 1e-4
+
+
+def test_bf16_compute_trains_fp32_masters(jobs):
+    assert jobs["bf16, offloaded"][0] == [0, 0]
+    trained, start = weights(jobs["bf16, offloaded"][1]), load_file(tiny_model() / "model.safetensors")
+    assert {t.dtype for t in trained.values()} == {torch.float32}
+    assert max(float((trained[name] - start[name]).abs().max()) for name in start) > 1e-4
+    row = curve(jobs["bf16, offloaded"][1])[0]
+    assert row["pact/engine_gap"] < 0.05
+
+
+@pytest.mark.parametrize("name", ["two", "lora two finish"])
+def test_a_run_of_two_ranks_exports_to_a_plain_folder(jobs, name, tmp_path):
+    alone = {"two": "one", "lora two finish": "lora one"}[name]
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(export(jobs[n][1], tmp_path / str(i))).state_dict()
+        for i, n in enumerate((name, alone))
+    )
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 1e-5
+    start = load_file(tiny_model() / "model.safetensors")
+    assert max(float((ours[n] - start[n]).abs().max()) for n in start) > 1e-4, "merged, trained weights"
 
 
 def test_shares_cover_everything_once_and_even_ones_are_as_long():
