@@ -1,0 +1,68 @@
+"""Config keys, command line options and metric names are what frozen.txt lists: others' files depend on them.
+
+A change of names is a deliberate one: `python tests/tools/test_frozen.py` writes the list anew.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import re
+import tomllib
+from pathlib import Path
+
+from pact_fast import cli
+from pact_fast.config import Config
+from pact_fast.metrics import METRICS, PREFIXES
+
+LISTING = Path(__file__).with_name("frozen.txt")
+ROOT = Path(__file__).parent.parent.parent
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+def help_of(command):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        importlib.import_module(cli.MODULES[command][0]).main(["--help"])
+    return out.getvalue()
+
+
+def listing():
+    lines = []
+    for section in dataclasses.fields(Config):
+        if section.default_factory is dataclasses.MISSING:
+            lines.append(f"config {section.name}: {section.type}")
+        else:
+            fields = dataclasses.fields(section.default_factory)
+            lines += [f"config {section.name}.{field.name}: {field.type}" for field in fields]
+    lines.append("command train --resume and every config key")
+    for command in cli.MODULES:
+        options = sorted(set(OPTION.findall(help_of(command))) - {"--help"})
+        lines.append(f"command {command} {' '.join(options)}".rstrip())
+    lines += [f"metric {name} [{metric.unit}]" for name, metric in METRICS.items()]
+    lines += [f"metric {prefix}* [{metric.unit}]" for prefix, metric in PREFIXES.items()]
+    return lines
+
+
+def test_names_are_the_listed_ones():
+    listed, now = LISTING.read_text().splitlines(), listing()
+    gone, new = sorted(set(listed) - set(now)), sorted(set(now) - set(listed))
+    assert (gone, new) == ([], []), (
+        f"gone or changed: {gone}; new: {new}. Others depend on these names: where the change is meant, "
+        "write the list anew with `python tests/tools/test_frozen.py`"
+    )
+
+
+def test_the_floor_lane_installs_the_versions_that_the_package_states():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = [*project["dependencies"], *project["optional-dependencies"]["lora"]]
+    floors = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", word).groups() for word in stated)
+    text = (ROOT / "constraints-floor.txt").read_text()
+    installed = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, flags=re.MULTILINE))
+    assert installed.keys() == floors.keys() - {"torch"}
+    for name, version in installed.items():
+        assert re.fullmatch(re.escape(floors[name]) + r"(\.0)*", version), f"{name} {version}"
+
+
+if __name__ == "__main__":
+    LISTING.write_text("\n".join(listing()) + "\n")
