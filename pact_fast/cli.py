@@ -7,9 +7,14 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pact_fast.config import ConfigError, config_parser, load_config
+from pact_fast.config import Config, ConfigError, config_parser, load_config
 from pact_fast.version import __version__
+
+if TYPE_CHECKING:
+    from pact_fast.preemption import StopSignal
+    from pact_fast.trainer import Trainer
 
 # Commands that live in a module of their own, as `main(argv) -> exit status`.
 MODULES = {
@@ -63,27 +68,13 @@ def train(words: list[str]) -> int:
     words = ["--checkpoint.resume=true" if word == "--resume" else word for word in words]
     path = None if words[0].startswith("--") else words[0]
     config = load_config(path, words if path is None else words[1:])
-    from pact_fast.checkpoint import CheckpointError
-    from pact_fast.distributed import RankLost
-    from pact_fast.preemption import Preempted
+    from pact_fast.preemption import StopSignal
     from pact_fast.report import final_table, write_report
-    from pact_fast.trainer import Trainer, TrainingStopped
 
-    trainer = Trainer(config)
-    try:
-        summary = trainer.train()
-    except Preempted:
-        if trainer.world.main:
-            print(f"stopped by SIGTERM and saved in {trainer.run_dir / 'checkpoints'}; go on with --resume")
-        return 0
-    except (TrainingStopped, RankLost, CheckpointError) as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"stopped: {error}: free some space and go on with --resume", file=sys.stderr)
-        return 1
+    with StopSignal() as stop:  # from here on a SIGTERM ends the run in order
+        trainer, summary, status = _run(config, stop)
+    if summary is None:
+        return status
     if not trainer.world.main:
         return 0
     page = write_report(trainer.run_dir)
@@ -95,6 +86,29 @@ def train(words: list[str]) -> int:
         f"run folder {trainer.run_dir}: metrics.jsonl, tensorboard events, model, {Path(page).name}"
     )
     return 0
+
+
+def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | None, int]:
+    """Trains -> trainer, summary (None where the run was stopped), exit status."""
+    from pact_fast.checkpoint import CheckpointError
+    from pact_fast.distributed import RankLost
+    from pact_fast.preemption import Preempted
+    from pact_fast.trainer import Trainer, TrainingStopped
+
+    trainer = Trainer(config, stop)
+    try:
+        return trainer, trainer.train(), 0
+    except Preempted:
+        if trainer.world.main:
+            print(f"stopped by SIGTERM and saved in {trainer.run_dir / 'checkpoints'}; go on with --resume")
+        return trainer, None, 0
+    except (TrainingStopped, RankLost, CheckpointError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"stopped: {error}: free some space and go on with --resume", file=sys.stderr)
+    return trainer, None, 1
 
 
 if __name__ == "__main__":

@@ -14,26 +14,28 @@ class Preempted(BaseException):
 
 
 class StopSignal:
-    """Listens for SIGTERM between `with` and its end.
+    """Listens for SIGTERM between `with` and its end; may be entered again inside.
 
     `requested` is looked at where the state is whole: after a step. Long phases that change nothing that is
     saved (rollouts) run inside `interruptible()` and are left at once.
     """
 
-    def __init__(self, *, immediate: bool = True) -> None:
-        """immediate=False: `interruptible` is never left early (ranks have to stop at the same place)."""
+    def __init__(self) -> None:
         self.requested = False
-        self.immediate = immediate
+        self.immediate = True  # False: `interruptible` is never left early
         self._interruptible = False
+        self._depth = 0
         self._previous: Any = None
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._previous is not None:
+        self._depth -= 1
+        if self._depth == 0 and self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
 

@@ -55,9 +55,10 @@ class Trainer:
 
     Args:
         config: see `pact_fast.config`; `Trainer(load_config("configs/toolbox.yaml")).train()`.
+        stop: listens for SIGTERM already, while the run is being built.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopSignal | None = None) -> None:
         self.config = config
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
@@ -91,7 +92,8 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             asynchronous=config.checkpoint.asynchronous,
         )
-        self.stop = StopSignal(immediate=self.world.size == 1)
+        self.stop = stop or StopSignal()
+        self.stop.immediate = self.world.size == 1  # ranks have to stop at the same place
         self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = self.evaluated = 0
         self.saving = 0.0  # seconds since the last row
         self.peak = peak_flops(self.device, config.run.peak_tflops, self.world.size)
@@ -278,11 +280,8 @@ class Trainer:
         """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds."""
         config = self.config
         self._write("config.json", config.to_dict())
-        summary: dict[str, Any] = {
-            "preset": config.preset,
-            "seed": config.run.seed,
-            "config": config.to_dict(),
-        }
+        summary: dict[str, Any] = {"preset": config.preset, "seed": config.run.seed}
+        summary["config"] = config.to_dict()
         start, base = self.resume() if config.checkpoint.resume else (0, None)
         main, total = self.world.main, config.train.max_steps
         logger = MetricsLogger(
