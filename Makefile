@@ -4,15 +4,11 @@ PY := $(VENV)/bin/python
 CONFIG ?= configs/toolbox.yaml
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
-<<<<<<< HEAD
-.PHONY: setup train test check bench bench-cpu gpu format
-=======
-# What runs on the oldest versions: one process and two, every op, nothing that needs a peer or much time.
+# What runs on the oldest versions: one process and two, the ops, nothing that needs a peer or much time.
 FLOOR_TESTS ?= tests/ops/test_linear_logprob.py tests/ops/test_linear_pact_loss.py tests/train \
 	tests/scale/test_checkpoint.py tests/scale/test_lora.py tests/scale/test_torchrun.py
 
-.PHONY: setup train test test-floor check bench gpu format
->>>>>>> 487bfb6 ([setup] test the oldest versions in a lane of its own; [tests] freeze config keys, options and metric names)
+.PHONY: setup train test test-floor check bench bench-cpu gpu format
 
 setup: $(VENV)/.done
 
