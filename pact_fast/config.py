@@ -384,6 +384,12 @@ def _check_values(config: Config, source: str) -> None:
             o.engine_correction_cap,
             "a cap above 0 (2, say), or none",
         ),
+        (
+            o.engine_correction_cap is None or o.ratio_denominator == "context",
+            "objective.engine_correction_cap",
+            o.engine_correction_cap,
+            "none with ratio_denominator=rollout: that ratio has the engine's log-probs in it already",
+        ),
         (t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1"),
         (t.prompts_per_step >= 1, "train.prompts_per_step", t.prompts_per_step, "at least 1"),
         (t.learning_rate >= 0, "train.learning_rate", t.learning_rate, "a value >= 0"),
