@@ -119,21 +119,22 @@ def test_a_changed_option_is_told_at_resume(tmp_path, capsys):
     assert "checkpoint" not in told.replace("the checkpoint's", "")
 
 
+@pytest.mark.timeout(1800)
 def test_the_command_line_exits_0_on_sigterm_within_30_seconds_and_resumes(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "pact_fast.cli", "train", *words(run_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not (run_dir / "metrics.jsonl").exists():
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     begin = time.monotonic()
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert time.monotonic() - begin < 30
     assert "go on with --resume" in output
-    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=200)
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=900)
     assert resumed.returncode == 0, resumed.stderr
     assert same_weights(weights(run_dir), weights(undisturbed))
     assert curve(run_dir) == curve(undisturbed)
