@@ -179,9 +179,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     arguments = parser.parse_args(argv)
-    global MIX
-    if arguments.mix:
-        MIX = eval(arguments.mix)
     make_base(Recipe(seed=arguments.seed, steps=arguments.steps), arguments.out)
     return 0
 
