@@ -1,4 +1,4 @@
-"""The command line: pact-fast train | eval | compare | report | doctor | bench | data."""
+"""The command line: pact-fast train | eval | compare | report | export | serve | doctor | bench | data."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ MODULES = {
     "compare": ("pact_fast.compare", "run presets x seeds x settings: one table, one plot"),
     "report": ("pact_fast.report", "write report.html of a run folder"),
     "export": ("pact_fast.export", "a run's weights as a plain Hugging Face folder"),
+    "serve": ("pact_fast.serve.main", "sample for trainers elsewhere, over HTTP"),
     "doctor": ("pact_fast.doctor", "what this machine has, and what each lack costs"),
     "bench": ("pact_fast.bench_cli", "microbenchmarks of the ops beside their peers"),
     "data": ("pact_fast.data.check", "check and show records of a data file"),
@@ -93,6 +94,7 @@ def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | No
     from pact_fast.checkpoint import CheckpointError
     from pact_fast.distributed import RankLost
     from pact_fast.preemption import Preempted
+    from pact_fast.rollout import RolloutError
     from pact_fast.trainer import Trainer, TrainingStopped
 
     trainer = Trainer(config, stop)
@@ -104,6 +106,9 @@ def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | No
         return trainer, None, 0
     except (TrainingStopped, RankLost, CheckpointError) as error:
         print(f"stopped: {error}", file=sys.stderr)
+    except RolloutError as error:
+        folder = trainer.run_dir / "checkpoints"
+        print(f"stopped: {error}\nsaved in {folder}; go on with --resume", file=sys.stderr)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

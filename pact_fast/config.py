@@ -64,8 +64,18 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """row_seeds: draw each rollout from a seed of its own, as several ranks always do: one process then
-    samples what the same run samples on many."""
+    """row_seeds: draw each rollout from a seed of its own, as several ranks and servers always do: one
+    process then samples what the same run samples on many.
+
+    engine: in this process, "hf" or "hf-batching" (transformers' continuous batching); "http" on `servers`,
+    addresses such as http://HOST:PORT. The rest is for servers:
+
+    weights_dir: shared folder that new weights go through; None: weights/ in the run folder. max_in_flight:
+    requests under way at once, of one rank. request_timeout: seconds for one answer; retry_timeout: seconds
+    that one request is tried for before the run stops. probe_tolerance: largest gap of a log-prob between
+    trainer and server right after new weights; None: 1e-3, in half precision 0.5. mix_weights: a rollout
+    under way may go on with new weights.
+    """
 
     num_generations: int = 8
     temperature: float = 1.0
@@ -75,6 +85,14 @@ class RolloutConfig:
     max_prompt_length: int = 1024
     batch_size: int = 256
     row_seeds: bool = False
+    engine: Literal["hf", "hf-batching", "http"] = "hf"
+    servers: list[str] = field(default_factory=list)
+    weights_dir: str | None = None
+    max_in_flight: int = 64
+    request_timeout: float = 120.0
+    retry_timeout: float = 600.0
+    probe_tolerance: float | None = None
+    mix_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -401,6 +419,8 @@ def _check_values(config: Config, source: str) -> None:
         (config.lora.rank >= 0, "lora.rank", config.lora.rank, "a rank, or 0 for full training"),
         (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", config.checkpoint.keep_last, "at least 1"),
         (r.max_turns >= 1, "rollout.max_turns", r.max_turns, "at least 1"),
+        (r.engine != "http" or r.servers != [], "rollout.servers", r.servers, "[http://HOST:PORT, ...]"),
+        (r.max_in_flight >= 1, "rollout.max_in_flight", r.max_in_flight, "at least 1"),
     ]
     for good, key, value, want in checks:
         if not good:

@@ -188,11 +188,11 @@ class Sharded:
                 module.reshard()
                 module.set_reshard_after_forward(module is not self._root, recurse=False)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, frozen: bool = False) -> dict[str, Tensor]:
         """The whole weights on the host of rank 0, names as in the model; of a model with adapters these
-        alone. Every rank must call it."""
+        alone, unless `frozen` asks for all. Every rank must call it."""
         parts = self.model.state_dict()
-        if hasattr(self.model, "get_base_model"):
+        if hasattr(self.model, "get_base_model") and not frozen:
             trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
             parts = {name: tensor for name, tensor in parts.items() if name in trained}
         owner = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}

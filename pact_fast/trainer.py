@@ -38,7 +38,7 @@ from pact_fast.objective import SFTStrength
 from pact_fast.optimizer import set_learning_rate
 from pact_fast.phases import Phases, peak_flops, speed
 from pact_fast.preemption import Preempted, StopSignal
-from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, spread_rollouts
+from pact_fast.rollout import Rollout, RolloutError, RolloutLimits, build_engine, spread_rollouts
 from pact_fast.schedule import Schedule
 from pact_fast.step_metrics import Update, pack_metrics, rollout_metrics, update_metrics
 from pact_fast.tasks import batch_records, load_split
@@ -72,7 +72,6 @@ class Trainer:
         self.chat = ChatFormat.for_tokenizer(
             self.tokenizer, config.model.chat_format, segments=config.objective.reasoning_segments
         )
-        self.engine = HFEngine(self.model)
         self.env = make_env(config.env.name, config.env.settings)
         self.schedule = Schedule(config.objective, config.run.seed)
         self.builder = SampleBuilder(self.chat, config.objective, config.rollout.max_completion_length)
@@ -87,6 +86,7 @@ class Trainer:
         if self.reference is not None and self.reference is not self.policy:
             self.reference_sharded = build_sharded(self.reference.model, self.world, config.distributed)
         self.optimizer = build_optimizer(self.model, config.train, self.world)
+        self.engine = build_engine(config.rollout, self.model, self.sharded, self.run_dir)
         self.checkpoints = Checkpointer(
             self.run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -242,7 +242,7 @@ class Trainer:
         elif losses:
             self.optimizer.step()
             self.skipped_in_a_row = 0
-        self.engine.reset()
+        self.engine.weights_changed()
         return Update(losses, norm, skipped)
 
     def _skip(self, step: int, record_ids: list[str]) -> None:
@@ -309,8 +309,8 @@ class Trainer:
                         raise Preempted
                 self.save()
                 summary["final"], shown = self.final_scores()
-            except (Preempted, TrainingStopped) as stop:  # of all ranks at once: they can save together
-                if isinstance(stop, Preempted):
+            except (Preempted, RolloutError, TrainingStopped) as stop:  # of all ranks: they save together
+                if not isinstance(stop, TrainingStopped):
                     self.checkpoint(done, summary.get("base"), wait=True)
                 self.save()
                 raise

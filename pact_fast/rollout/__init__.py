@@ -1,6 +1,7 @@
 """Prompt-only multi-turn rollouts: the loop, and inference engines behind one protocol."""
 
-from pact_fast.rollout.engine import Engine, Generation
+from pact_fast.rollout.build import build_engine
+from pact_fast.rollout.engine import Engine, Generation, RolloutError
 from pact_fast.rollout.hf import HFEngine
 from pact_fast.rollout.loop import Rollout, RolloutLimits, collect_rollouts
 from pact_fast.rollout.spread import spread_rollouts
@@ -10,7 +11,9 @@ __all__ = [
     "Generation",
     "HFEngine",
     "Rollout",
+    "RolloutError",
     "RolloutLimits",
+    "build_engine",
     "collect_rollouts",
     "spread_rollouts",
 ]

@@ -46,6 +46,20 @@ class Engine(Protocol):
         """
         ...
 
+    row_seeds: bool  # whether every row must be drawn from a seed of its own
+
     def reset(self) -> None:
-        """Forgets every session. Must be called after the weights have changed."""
+        """Forgets every session."""
         ...
+
+    def weights_changed(self) -> None:
+        """Must be called after the weights have changed."""
+        ...
+
+    def prepare(self) -> None:
+        """Must be called before a batch of rollouts, by every rank at once: hands over changed weights."""
+        ...
+
+
+class RolloutError(RuntimeError):
+    """Rollouts cannot be had; the message names the server, the request and the way out."""

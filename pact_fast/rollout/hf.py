@@ -161,6 +161,8 @@ class HFEngine:
         model: a decoder-only causal LM whose layers all use full attention.
     """
 
+    row_seeds = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
@@ -175,6 +177,12 @@ class HFEngine:
 
     def reset(self) -> None:
         self._sessions, self._batch = [], None
+
+    def weights_changed(self) -> None:
+        self.reset()
+
+    def prepare(self) -> None:
+        pass  # it samples with the model itself
 
     @torch.no_grad()
     def generate(

@@ -9,7 +9,7 @@ from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded
 from pact_fast.envs.base import ToolEnv
-from pact_fast.rollout.engine import Engine
+from pact_fast.rollout.engine import Engine, RolloutError
 from pact_fast.rollout.loop import Rollout, collect_rollouts
 
 
@@ -28,8 +28,10 @@ def spread_rollouts(
     """`collect_rollouts`, a share of the records a rank; all rollouts, in order, come back on every one.
 
     row_seeds: draw in one process as several ranks do, each rollout from a seed of its own.
+    RolloutError on every rank where one of them has no rollouts.
     """
     world = sharded.world
+    engine.prepare()
     if not world.distributed:
         return collect_rollouts(
             engine,
@@ -38,19 +40,25 @@ def spread_rollouts(
             records,
             num_generations=num_generations,
             prompts=prompts,
-            keys=range(len(records)) if row_seeds else None,
+            keys=range(len(records)) if row_seeds or engine.row_seeds else None,
             **options,
         )
-    with sharded.whole():
-        mine = collect_rollouts(
-            engine,
-            env,
-            chat,
-            world.mine(records),
-            num_generations=num_generations,
-            prompts=world.mine(prompts),
-            keys=world.mine(range(len(records))),
-            **options,
-        )
+    mine, problem = [], None
+    try:
+        with sharded.whole():
+            mine = collect_rollouts(
+                engine,
+                env,
+                chat,
+                world.mine(records),
+                num_generations=num_generations,
+                prompts=world.mine(prompts),
+                keys=world.mine(range(len(records))),
+                **options,
+            )
+    except RolloutError as error:  # the others must not wait for rollouts that never come
+        problem = str(error)
+    if first := next(filter(None, world.gather(problem)), None):
+        raise RolloutError(first)
     groups = [mine[i : i + num_generations] for i in range(0, len(mine), num_generations)]
     return [rollout for group in world.join(groups) for rollout in group]

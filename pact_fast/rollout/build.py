@@ -1,0 +1,47 @@
+"""The engine that a configuration asks for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pact_fast.config import ConfigError, RolloutConfig
+from pact_fast.distributed import Sharded
+from pact_fast.rollout.batching import BatchingEngine
+from pact_fast.rollout.engine import Engine
+from pact_fast.rollout.hf import HFEngine
+from pact_fast.rollout.http import HTTPEngine
+from pact_fast.rollout.publish import Publisher
+
+TOKEN = "PACT_FAST_TOKEN"  # environment variable: config.json of a run is no place for a secret
+
+
+def build_engine(config: RolloutConfig, model: Any, sharded: Sharded, run_dir: Path) -> Engine:
+    """`rollout.engine` over the model of this process or over `rollout.servers`.
+
+    run_dir: weights for servers go to run_dir/weights unless rollout.weights_dir names another folder.
+    """
+    if config.engine != "http" and config.servers:
+        raise ConfigError(
+            f"rollout.servers={config.servers} needs rollout.engine=http, not {config.engine!r}"
+        )
+    if config.engine == "hf":
+        return HFEngine(model)
+    if config.engine == "hf-batching":
+        if config.row_seeds or sharded.world.size > 1:
+            raise ConfigError(
+                "rollout.engine=hf-batching cannot draw each rollout from a seed of its own, which "
+                "rollout.row_seeds and several ranks need: choose hf or http"
+            )
+        return BatchingEngine(model)
+    folder = Path(config.weights_dir) if config.weights_dir else run_dir / "weights"
+    return HTTPEngine(
+        config.servers,
+        token=os.environ.get(TOKEN),
+        max_in_flight=config.max_in_flight,
+        request_timeout=config.request_timeout,
+        retry_timeout=config.retry_timeout,
+        mix_weights=config.mix_weights,
+        publisher=Publisher(sharded, folder, tolerance=config.probe_tolerance),
+    )
