@@ -303,8 +303,8 @@ class _Sampler:
             mass = probs.cumsum(-1)
             u = torch.rand(len(names), 1, generator=self.generator, device=mass.device)
         else:
-            # Ranks must draw as one process does, from log-probs that differ in the last bit. An fp32 running sum
-            # alone moves the borders between tokens by 1e-7: 11 draws in 800,000 fell on the other side, here 3.
+            # Ranks must draw as one process does, from log-probs that differ in the last bit. An fp32 running
+            # sum alone moves the borders between tokens by 1e-7: 11 of 800,000 draws fell elsewhere, here 3.
             mass = probs.double().cumsum(-1)
             u = mass.new_tensor([self._uniform(n) for n in names])[:, None]
         # Inverse of the distribution function; just below 1, lest rounding reach past the last token.
