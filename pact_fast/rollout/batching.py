@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from pact_fast.rollout.engine import Generation, RolloutError
 
 PAGE = 64  # tokens of a page of the cache
+# transformers 5.17 calls the size of a page block_size, later ones page_size.
+PAGE_FIELD = (
+    "page_size" if "page_size" in {f.name for f in fields(ContinuousBatchingConfig)} else "block_size"
+)
 SILENCE = 600.0  # seconds without a finished row before the engine gives up
 
 
@@ -75,7 +80,7 @@ class BatchingEngine:
             **options,
         )
         batching = ContinuousBatchingConfig(
-            page_size=PAGE,
+            **{PAGE_FIELD: PAGE},
             num_blocks=None if self.model.device.type == "cuda" else len(prompts) * (longest // PAGE + 2),
             max_batch_tokens=self.max_batch_tokens,
             max_requests_per_batch=len(prompts),
