@@ -79,8 +79,9 @@ class BatchingEngine:
             pad_token_id=0,
             **options,
         )
+        paging: dict[str, Any] = {PAGE_FIELD: PAGE}
         batching = ContinuousBatchingConfig(
-            **{PAGE_FIELD: PAGE},
+            **paging,
             num_blocks=None if self.model.device.type == "cuda" else len(prompts) * (longest // PAGE + 2),
             max_batch_tokens=self.max_batch_tokens,
             max_requests_per_batch=len(prompts),
