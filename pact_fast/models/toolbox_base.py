@@ -31,7 +31,14 @@ from pact_fast.models.toolbox_tokenizer import record_texts, train_tokenizer
 TARGETS = (Component.REASONING, Component.STRUCTURE, Component.TOOL_CALL, Component.ANSWER)
 
 
-DRILL = BaseMix(copy_share=0.3, command_share=0.6, plan_share=0.1, procedure_share=0.0, reference_share=0.0)
+DRILL = BaseMix(
+    copy_share=0.3,
+    command_share=0.6,
+    plan_share=0.1,
+    procedure_share=0.0,
+    reference_share=0.0,
+    hasty_share=0.0,
+)
 
 
 @dataclass(frozen=True)

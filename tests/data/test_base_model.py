@@ -124,8 +124,11 @@ def test_a_shown_reference_is_another_trace_of_the_same_task(chat):
 
 def test_the_base_is_shown_no_question_of_several_steps_worked_off():
     for record in base_records(600, seed=4):
+        calls = sum(len(m.get("tool_calls", ())) for m in record.expert_trace)
         if record.env["kind"] == "chain" and record.env["reference"] is None:
             assert record.env["hops"] == 1
+        elif record.env["kind"] == "hasty":
+            assert record.env["hops"] > 1 == calls
 
 
 def test_induction_circuit_copies_before_any_training(chat):

@@ -28,11 +28,12 @@ ALL_HOPS = (0.15, 0.4, 0.45)  # of plans, procedures and tasks with a reference
 class BaseMix:
     """What the demonstrations are: shares of the kinds, and how good the solved tasks are."""
 
-    copy_share: float = 0.06  # answers that repeat quoted names
-    command_share: float = 0.12  # the question spells out one call
+    copy_share: float = 0.05  # answers that repeat quoted names
+    command_share: float = 0.1  # the question spells out one call
     plan_share: float = 0.27  # the question asks for the steps of a look-up task, not for its answer
     procedure_share: float = 0.17  # the question spells out the steps of a look-up task
     reference_share: float = 0.15  # look-up tasks of all kinds whose prompt shows an expert's trace
+    hasty_share: float = 0.1  # questions of several steps, answered after the first
     hops: tuple[float, float, float] = (1.0, 0.0, 0.0)  # of the remaining look-up tasks
     two_part_share: float = 0.0
     success_rate: float = 0.85
@@ -51,7 +52,7 @@ def base_records(n: int, seed: int = 0, mix: BaseMix | None = None) -> list[Reco
 
 def _base_record(rng: Random, record_id: str, mix: BaseMix) -> Record:
     world = build_world(rng, mix.difficulty)
-    kinds = ("copy", "command", "plan", "procedure", "reference")
+    kinds = ("copy", "command", "plan", "procedure", "reference", "hasty")
     shares = [getattr(mix, f"{kind}_share") for kind in kinds]
     kind = rng.choices([*kinds, "task"], [*shares, max(0.0, 1.0 - sum(shares))])[0]
     if kind in ("copy", "command", "plan"):
@@ -63,6 +64,9 @@ def _base_record(rng: Random, record_id: str, mix: BaseMix) -> Record:
         task = draw_task(rng, world, mix.difficulty, mix.hops, mix.two_part_share, held_out)
         right, detour = rng.random() < mix.success_rate, rng.random() < mix.detour_rate
         planned = rng.random() < mix.planned_share
+    elif kind == "hasty":
+        task = _first_step_alone(draw_task(rng, world, 1, (0.0, 0.5, 0.5), 0.0, held_out))
+        right, detour, planned = True, False, False
     else:
         task = draw_task(rng, world, 1, ALL_HOPS, 0.0, held_out)
         right, detour, planned = True, False, True
@@ -106,6 +110,12 @@ def _plan(rng: Random, world: World) -> tuple[Task, Trace]:
     question = f"{lead} {task.question}"
     trace = Trace([_answer(reasoning, labels)], labels, solves=True)
     return replace(task, kind="plan", question=question, steps=(), answers=labels, answer_steps=()), trace
+
+
+def _first_step_alone(task: Task) -> Task:
+    """The same question, as if its first step answered it."""
+    first = task.steps[0]
+    return replace(task, kind="hasty", steps=(first,), answers=(first.value,), answer_steps=(0,))
 
 
 def _spelled_out(rng: Random, task: Task) -> str:
