@@ -44,7 +44,7 @@ class Publisher:
         self.folder = folder.absolute()
         self.stale = True  # set by whoever changes the weights
         self.pinned: set[str] = set()  # versions whose folders stay besides the newest
-        self.tolerance = TOLERANCE.get(self.model.dtype, NARROW) if tolerance is None else tolerance
+        self.tolerance = TOLERANCE.get(sharded.compute_dtype, NARROW) if tolerance is None else tolerance
         self.count = 0
 
     @property

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from scale_runs import curve, same_weights, tiny_model, weights, words
+from scale_runs import adapters, curve, same_weights, tiny_model, weights, words
 from serve_helpers import ROOT, ServerProcess
 
 HERE = Path(__file__).parent
@@ -25,6 +25,9 @@ CHANGES = {
     "checkpoint__every": 0,
 }
 AHEAD = CHANGES | {"rollout__overlap": True, "objective__engine_correction_cap": 2.0}
+
+LORA = {"lora__rank": 4, "train__learning_rate": 0.01, "train__max_steps": 3}
+HALF = {"distributed__compute_dtype": "bfloat16", "train__max_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,9 @@ def runs(root, url):
         "two": {"size": 2, "changes": CHANGES | where},
         "one ahead": {"size": 1, "changes": AHEAD | where},
         "two ahead": {"size": 2, "changes": AHEAD | where},
+        "one adapted": {"size": 1, "changes": AHEAD | LORA | where},
+        "two adapted": {"size": 2, "changes": AHEAD | LORA | where},
+        "two in bf16": {"size": 2, "changes": AHEAD | HALF | where},
     }
     listed = [job | {"run_dir": str(root / name.replace(" ", "-"))} for name, job in jobs.items()]
     done = subprocess.run(
@@ -78,6 +84,19 @@ def test_two_ranks_on_a_server_train_to_the_weights_of_one_process(runs, ahead):
             # Packs cut elsewhere repeat other prefixes: tokens are counted as packed.
             if isinstance(value, float) and name != "num_tokens":
                 assert other[name] == pytest.approx(value, abs=5e-5), name
+
+
+def test_adapters_on_two_ranks_and_a_server_train_to_those_of_one_process(runs):
+    ours, theirs = adapters(runs["one adapted"]), adapters(runs["two adapted"])
+    worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    print(f"LoRA, 2 ranks on a server, against one process: largest difference {worst:.1e}")
+    assert worst < 1e-5
+    assert max(float(t.abs().max()) for name, t in ours.items() if "lora_B" in name) > 1e-3
+
+
+def test_ranks_that_compute_in_bf16_take_a_server_for_what_it_is(runs):
+    gaps = [row["pact/engine_gap_max"] for row in curve(runs["two in bf16"]) if "loss" in row]
+    assert 1e-3 < gaps[0] < 0.5
 
 
 def test_one_step_ahead_trains_otherwise(runs):
