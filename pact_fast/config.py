@@ -74,7 +74,9 @@ class RolloutConfig:
     requests under way at once, of one rank. request_timeout: seconds for one answer; retry_timeout: seconds
     that one request is tried for before the run stops. probe_tolerance: largest gap of a log-prob between
     trainer and server right after new weights; None: 1e-3, in half precision 0.5. mix_weights: a rollout
-    under way may go on with new weights.
+    under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
+    with weights one step old, which objective.engine_correction_cap corrects; the step after an evaluation or
+    a checkpoint is sampled with the present ones.
     """
 
     num_generations: int = 8
@@ -93,6 +95,7 @@ class RolloutConfig:
     retry_timeout: float = 600.0
     probe_tolerance: float | None = None
     mix_weights: bool = False
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -408,6 +411,13 @@ def _check_values(config: Config, source: str) -> None:
             o.engine_correction_cap,
             "none with ratio_denominator=rollout: that ratio has the engine's log-probs in it already",
         ),
+        (
+            not r.overlap or o.engine_correction_cap is not None or o.ratio_denominator == "rollout",
+            "objective.engine_correction_cap",
+            o.engine_correction_cap,
+            "a cap (2, say) with rollout.overlap, whose rollouts are drawn with weights one step old; or "
+            "objective.ratio_denominator=rollout, the ratio to the log-probs they were drawn with",
+        ),
         (t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1"),
         (t.prompts_per_step >= 1, "train.prompts_per_step", t.prompts_per_step, "at least 1"),
         (t.learning_rate >= 0, "train.learning_rate", t.learning_rate, "a value >= 0"),
@@ -434,7 +444,11 @@ def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[A
         before = then.get(section)
         if section == "run":
             value, before = ({"seed": run["seed"]} for run in (value, before or {"seed": None}))
-        if section in ("checkpoint", "distributed", "eval") or value == before:
+        if section in ("checkpoint", "eval") and now["rollout"]["overlap"]:  # they decide what is ahead
+            value, before = ({"every": part["every"]} for part in (value, before or {"every": None}))
+        elif section in ("checkpoint", "distributed", "eval"):
+            continue
+        if value == before:
             continue
         if isinstance(value, dict) and isinstance(before, dict):
             changed |= {f"{section}.{k}": (before.get(k), v) for k, v in value.items() if v != before.get(k)}

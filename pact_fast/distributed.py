@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -143,7 +143,7 @@ class Sharded:
         param_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
     ) -> None:
-        self.model, self.world = model, world
+        self.model, self.world, self.param_dtype = model, world, param_dtype
         self._root: Any = None
         if not world.distributed:
             return
@@ -158,6 +158,11 @@ class Sharded:
         for module in self._modules():
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which the forward computes; the master weights may be wider."""
+        return self.param_dtype or cast(Any, self.model).dtype
 
     def run(self, compute: Callable[[], Tensor]) -> Tensor:
         """Calls `compute` where the root's weights are whole; its tensor may be sent backward."""

@@ -35,7 +35,8 @@ def score_rollouts(
     engine knows no other log-probs (METHOD section 2).
 
     Returns:
-        `pact/engine_gap`, `pact/engine_gap_max`: |engine - trainer|, prompt-only, sampled tokens.
+        `pact/engine_gap`, `pact/engine_gap_max`: |engine - trainer|, prompt-only, sampled tokens; of rollouts
+        sampled ahead with what the updates since then changed.
         `pact/trace_gain`: mean of log pi(y|x,h) - log pi(y|x) over sampled tokens of the rollouts that are
         trained under the trace (METHOD section 7). `pact/is_correction`: mean importance weight, with a cap.
         Empty without policy samples.

@@ -62,7 +62,7 @@ METRICS: dict[str, Metric] = {
     "memory/rollout": Metric("peak of the rollouts; on CPU the resident size after them", "GiB"),
     "memory/score": Metric("peak of the scoring passes; on CPU the resident size after them", "GiB"),
     "memory/update": Metric("peak of the update; on CPU the resident size after it", "GiB"),
-    "time/rollout": Metric("rollouts, tools included", "s"),
+    "time/rollout": Metric("rollouts, tools included; of those sampled ahead the wait for them", "s"),
     "time/score": Metric("scoring passes (old log-probs, gauges)", "s"),
     "time/update": Metric("forward, backward, optimizer step", "s"),
     "time/eval": Metric("evaluation", "s"),

@@ -22,6 +22,9 @@ class Schedule:
     def __init__(self, objective: ObjectiveConfig, seed: int) -> None:
         self.objective, self.seed = objective, seed
 
+    def has_policy_term(self, progress: float) -> bool:
+        return self.objective.rl_context != "none" and progress >= self.objective.rl_start
+
     def anchored(self, records: Sequence[Record], step: int) -> dict[str, bool]:
         """Per record id, whether the prompt-only ratio is used."""
         ids = [r.id for r in records]
@@ -48,6 +51,17 @@ class Schedule:
         if o.mu_start is None or o.mu_end is None:
             return o.sft_weight
         return obj.chord_mu(progress, o.mu_start, o.mu_end)
+
+    def sft_metrics(self, progress: float) -> dict[str, float]:
+        """The SFT term's strengths for metrics.jsonl; empty where there is no such term."""
+        strength = self.sft_strength(progress)
+        if strength is None:
+            return {}
+        return {
+            "pact/tool_call_scale": strength.tool_call,
+            "pact/reasoning_level": strength.reasoning_level,
+            "pact/sft_coef": self.sft_scale(progress),
+        }
 
     def rl_scale(self, progress: float) -> float:
         """Weight of the policy term: 1, or CHORD's 1 - mu."""

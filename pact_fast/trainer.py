@@ -38,10 +38,11 @@ from pact_fast.objective import SFTStrength
 from pact_fast.optimizer import set_learning_rate
 from pact_fast.phases import Phases, peak_flops, speed
 from pact_fast.preemption import Preempted, StopSignal
-from pact_fast.rollout import Rollout, RolloutError, RolloutLimits, build_engine, spread_rollouts
+from pact_fast.rollout import Overlap, Rollout, RolloutError, RolloutLimits, build_engine
+from pact_fast.sampling import StepSampler
 from pact_fast.schedule import Schedule
 from pact_fast.step_metrics import Update, pack_metrics, rollout_metrics, update_metrics
-from pact_fast.tasks import batch_records, load_split
+from pact_fast.tasks import load_split
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "tokens_trained", "evaluated")
 
@@ -87,6 +88,10 @@ class Trainer:
             self.reference_sharded = build_sharded(self.reference.model, self.world, config.distributed)
         self.optimizer = build_optimizer(self.model, config.train, self.world)
         self.engine = build_engine(config.rollout, self.model, self.sharded, self.run_dir)
+        self.sampler = StepSampler(
+            config, self.sharded, self.engine, self.env, self.builder, self.records, self.limits
+        )
+        self.overlap = Overlap(config, self.engine, self.world, self.sampler.share)
         self.checkpoints = Checkpointer(
             self.run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -105,16 +110,17 @@ class Trainer:
         config, o = self.config, self.config.objective
         phases = Phases(self.device)
         progress = step / config.train.max_steps
-        records = batch_records(self.records, step, config.train.prompts_per_step, config.run.seed)
-        rl = o.rl_context != "none" and progress >= o.rl_start
+        records = self.sampler.records(step)
         strength = self.schedule.sft_strength(progress)
         with phases("rollout"), self.stop.interruptible():
-            rollouts = self.rollout(records, step) if rl else []
+            rollouts = self.rollout(records, step) if self.schedule.has_policy_term(progress) else []
         row = rollout_metrics(rollouts, config.rollout.num_generations)
+        row |= self.overlap.metrics(step) if rollouts else {}
         anchored = self.schedule.anchored(records, step)
         mini_batches = self.mini_batches(records, rollouts, anchored, strength, progress)
         several = config.train.num_mini_batches * config.train.num_iterations > 1
         gauge = bool(rollouts) and config.eval.gauge_every > 0 and step % config.eval.gauge_every == 0
+        gauge |= row.get("pact/staleness", 0) > 0
         with phases("score"):
             row |= self.score(mini_batches, {r.id: r for r in records}, several or gauge)
         updates = []
@@ -136,13 +142,7 @@ class Trainer:
             "time/checkpoint": self.saving,
         }
         self.saving = 0.0
-        if strength is not None:
-            row |= {
-                "pact/tool_call_scale": strength.tool_call,
-                "pact/reasoning_level": strength.reasoning_level,
-                "pact/sft_coef": self.schedule.sft_scale(progress),
-            }
-        return row
+        return row | self.schedule.sft_metrics(progress)
 
     def score(
         self, mini_batches: Sequence[Sequence[Sample]], records: dict[str, Record], old: bool
@@ -164,22 +164,13 @@ class Trainer:
         return row
 
     def rollout(self, records: Sequence[Record], step: int) -> list[Rollout]:
-        config = self.config.rollout
+        """The step's rollouts, sampled ahead or now; begins the next step's where these are to be ahead."""
         self.model.eval()
-        return spread_rollouts(
-            self.sharded,
-            self.engine,
-            self.env,
-            self.chat,
-            records,
-            num_generations=config.num_generations,
-            prompts=[self.builder.prompt(r) for r in records],
-            limits=self.limits,
-            temperature=config.temperature,
-            seed=self.config.run.seed * 1_000_003 + step,
-            batch_size=config.batch_size,
-            row_seeds=config.row_seeds,
-        )
+        rollouts = self.overlap.take(step)
+        if rollouts is None:
+            rollouts = self.sampler.sample(records, step)
+        self.overlap.start(step + 1)
+        return rollouts
 
     def mini_batches(
         self,
@@ -293,7 +284,7 @@ class Trainer:
         )
         progress = ProgressDisplay(total, start_step=start, console=Console(quiet=not main))
         done = start  # steps whose update has been made
-        with logger, progress, self.stop, self.world.peers():
+        with logger, progress, self.stop, self.world.peers(), self.overlap:
             try:
                 if base or (config.eval.score_base and start == 0):
                     summary["base"] = base or self.final_scores()[0]
@@ -343,6 +334,7 @@ class Trainer:
         begin = time.perf_counter()
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {"counters": counters, "base": base, "config": self.config.to_dict()}
+        state["ahead"] = self.overlap.versions.get(step)
         self.checkpoints.save(step, self.model, self.optimizer, state, score=score, wait=wait)
         self.saving += time.perf_counter() - begin
 
@@ -353,6 +345,7 @@ class Trainer:
             return 0, None
         record = self.checkpoints.load(path, self.model, self.optimizer)
         vars(self).update(record["state"]["counters"])
+        self.overlap.restore(record["step"], record["state"].get("ahead"))
         for key, (then, now) in changed_keys(record["state"]["config"], self.config.to_dict()).items():
             self._say(f"resumed with another {key}: {now!r}, the checkpoint's is {then!r}")
         return record["step"], record["state"]["base"]
@@ -368,6 +361,7 @@ class Trainer:
         self, split: str, tasks: int, temperature: float = 1.0
     ) -> tuple[dict[str, Any], list[Rollout]]:
         """Prompt-only scores on a split and the rollouts behind them; SIGTERM ends it at once."""
+        self.overlap.stop()  # else its weights would change under way
         self.model.eval()
         records = self.splits[split][:tasks]
         with self.stop.interruptible():

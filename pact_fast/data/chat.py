@@ -12,6 +12,7 @@ equal the ids of the whole rendered conversation, and each token has exactly one
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -107,6 +108,7 @@ class ChatFormat:
         self.tokenizer, self.name, self.template, self.own_template = tokenizer, name, template, own_template
         self.segments, self.privileged_template = segments, privileged_template
         self._headers, self._syntax = headers, syntax
+        self._encoding = threading.Lock()
         added = tokenizer.get_added_vocab()
         wanted = (*formats.TAGS, *headers.special, headers.end)
         self._atomic: dict[str, int] = {text: added[text] for text in wanted if text in added}
@@ -393,15 +395,16 @@ class ChatFormat:
     def _encode_text(self, text: str, *, plain: bool = False) -> tuple[list[int], list[int]]:
         """Ids and first characters. `plain`: special tokens written out in `text` stay text (tool output)."""
         # The backend itself, as the tokenizer's own call costs five times the encoding of a short text; that
-        # call sets these three anew for itself every time.
+        # call sets these three anew for itself every time. They are the backend's own: one thread at a time.
         backend = self.tokenizer.backend_tokenizer
-        if backend.truncation is not None:
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        backend.encode_special_tokens = plain
-        encoding = backend.encode(text, add_special_tokens=False)
-        backend.encode_special_tokens = False
+        with self._encoding:
+            if backend.truncation is not None:
+                backend.no_truncation()
+            if backend.padding is not None:
+                backend.no_padding()
+            backend.encode_special_tokens = plain
+            encoding = backend.encode(text, add_special_tokens=False)
+            backend.encode_special_tokens = False
         return encoding.ids, [start for start, _ in encoding.offsets]
 
 

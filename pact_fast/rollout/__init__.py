@@ -4,16 +4,19 @@ from pact_fast.rollout.build import build_engine
 from pact_fast.rollout.engine import Engine, Generation, RolloutError
 from pact_fast.rollout.hf import HFEngine
 from pact_fast.rollout.loop import Rollout, RolloutLimits, collect_rollouts
-from pact_fast.rollout.spread import spread_rollouts
+from pact_fast.rollout.overlap import Overlap
+from pact_fast.rollout.spread import sample_share, spread_rollouts
 
 __all__ = [
     "Engine",
     "Generation",
     "HFEngine",
+    "Overlap",
     "Rollout",
     "RolloutError",
     "RolloutLimits",
     "build_engine",
     "collect_rollouts",
+    "sample_share",
     "spread_rollouts",
 ]

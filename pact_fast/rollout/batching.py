@@ -35,7 +35,7 @@ class BatchingEngine:
         max_batch_tokens: tokens of one forward.
     """
 
-    row_seeds = False
+    row_seeds, in_process = False, True
 
     def __init__(self, model: PreTrainedModel, *, max_batch_tokens: int = 4096) -> None:
         self.model, self.max_batch_tokens = model, max_batch_tokens

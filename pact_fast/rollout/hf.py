@@ -161,7 +161,7 @@ class HFEngine:
         model: a decoder-only causal LM whose layers all use full attention.
     """
 
-    row_seeds = False
+    row_seeds, in_process = False, True
 
     def __init__(self, model: PreTrainedModel) -> None:
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])

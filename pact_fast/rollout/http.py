@@ -51,7 +51,7 @@ class HTTPEngine:
         publisher: where changed weights come from; without one, call `load`.
     """
 
-    row_seeds = True
+    row_seeds, in_process = True, False
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class HTTPEngine:
             self.publisher.stale = True
 
     def prepare(self) -> None:
+        self._stop.clear()
         if self.publisher is not None:
             self.publisher.publish(self)
 
@@ -113,7 +114,8 @@ class HTTPEngine:
         seed: int | Sequence[int],
         sessions: Sequence[Hashable] | None = None,
     ) -> list[Generation]:
-        """See `Engine.generate`. A single seed is spread over the rows by their index."""
+        """See `Engine.generate`. A single seed is spread over the rows by their index. After a call that
+        failed, `prepare` comes first."""
         if self.weights is None:
             raise RolloutError("no weights yet: call prepare(), or load() without a publisher")
         if max_new_tokens and min(max_new_tokens) < 1:
@@ -128,7 +130,6 @@ class HTTPEngine:
             _Row(i, len(prompts), list(prompts[i]), max_new_tokens[i], temperature, seeds[i] % 2**63, stops)
             for i in range(len(prompts))
         ]
-        self._stop.clear()
         futures = [self._pool.submit(self._sample, row) for row in rows]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -136,6 +137,11 @@ class HTTPEngine:
         except BaseException:
             self._end(futures)
             raise
+
+    def interrupt(self) -> None:
+        """From another thread: ends the call of `generate` that is under way, and later ones, until `prepare`
+        or `load`."""
+        self._end([])
 
     def close(self) -> None:
         self._end([])

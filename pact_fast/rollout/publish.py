@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pact_fast.distributed import Sharded
@@ -23,6 +23,9 @@ from pact_fast.rollout.remote import Weights
 VERSION = re.compile(r"[0-9]{6}-[0-9a-f]{8}")
 SHARD = 4 * 2**30  # bytes of one file
 PROBE = 16  # tokens of the fixed sequence that new weights are recognised by
+EXPECTED = (
+    "expected.probe"  # beside the weights: the trainer's log-probs of the probe, in safetensors' format
+)
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 NARROW = 0.5  # of log-probs where trainer or server computes in half precision
 
@@ -40,7 +43,8 @@ class Publisher:
         self.sharded = sharded
         self.folder = folder.absolute()
         self.stale = True  # set by whoever changes the weights
-        self.tolerance = TOLERANCE.get(self.model.dtype, NARROW) if tolerance is None else tolerance
+        self.pinned: set[str] = set()  # versions whose folders stay besides the newest
+        self.tolerance = TOLERANCE.get(sharded.compute_dtype, NARROW) if tolerance is None else tolerance
         self.count = 0
 
     @property
@@ -55,31 +59,52 @@ class Publisher:
         state = merged(self.sharded.state_dict(frozen=True), self.model)
         version = world.gather(f"{self.count:06d}-{uuid.uuid4().hex[:8]}")[0]
         before = engine.weights.expected if engine.weights else None
-        probe = probe_ids(self.model.get_input_embeddings().weight.shape[0])
         with self.sharded.whole():
-            expected = self._expected(probe)
-        path = self.folder / version
-        weights = Weights(version, path, probe, expected, before, self.tolerance)
-        problem = None
+            expected = self._expected()
+        weights = Weights(version, self.folder / version, self._probe, expected, before, self.tolerance)
+        self._load(engine, weights, lambda: write_weights(weights.folder, state, expected))
+        if world.main:
+            _prune(self.folder, keep={version} | self.pinned)
+        self.stale, self.count = False, self.count + 1
+
+    def reuse(self, engine: HTTPEngine, version: str) -> bool:
+        """Samples with a version that was published before, by this run or by the one it goes on from; False
+        where its folder is gone. Every rank must call it; the next `publish` gives the present weights."""
+        world, folder = self.sharded.world, self.folder / version
+        there = VERSION.fullmatch(version) and (folder / EXPECTED).is_file()
+        expected = world.gather(load_file(folder / EXPECTED)["expected"] if world.main and there else None)[0]
+        if expected is None:
+            return False
+        self._load(engine, Weights(version, folder, self._probe, expected, None, self.tolerance))
+        self.stale = True
+        return True
+
+    def _load(self, engine: HTTPEngine, weights: Weights, write: Callable[[], None] = lambda: None) -> None:
+        """Gives weights to the engine on every rank, once rank 0 has written them."""
+        world, problem = self.sharded.world, None
         try:
             if world.main:
-                write_weights(path, state)
+                write()
             # The others first look at the servers after `gather`, when rank 0 is through.
             engine.load(weights, push=world.main)
         except RolloutError as error:
             problem = str(error)
         except (OSError, SafetensorError) as error:
-            problem = f"{path}: {error}: free some space, or choose another folder with rollout.weights_dir"
+            problem = (
+                f"{weights.folder}: {error}: free some space, or choose another folder with "
+                "rollout.weights_dir"
+            )
         if first := next(filter(None, world.gather(problem)), None):
             raise RolloutError(first)
-        if world.main:
-            _prune(self.folder, keep=path)
-        self.stale, self.count = False, self.count + 1
+
+    @property
+    def _probe(self) -> list[int]:
+        return probe_ids(self.model.get_input_embeddings().weight.shape[0])
 
     @torch.no_grad()
-    def _expected(self, probe: list[int]) -> Tensor:
+    def _expected(self) -> Tensor:
         self.model.eval()
-        logits = self.model(torch.tensor([probe], device=self.model.device)).logits[0]
+        logits = self.model(torch.tensor([self._probe], device=self.model.device)).logits[0]
         return logits.float().log_softmax(-1).cpu()
 
 
@@ -106,8 +131,11 @@ def merged(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     return out
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes tensors (tied ones once) as safetensors into a new folder, built beside and renamed."""
+def write_weights(path: Path, state: Mapping[str, Tensor], expected: Tensor | None = None) -> None:
+    """Writes tensors (tied ones once) as safetensors into a new folder, built beside and renamed.
+
+    expected: log-probs of the probe under these weights, kept beside them for `Publisher.reuse`.
+    """
     building = path.with_name(f".building-{path.name}")
     building.mkdir(parents=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -124,12 +152,14 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
         size += tensor.nbytes
     for number, shard in enumerate(shards, 1):
         save_file(shard, building / f"model-{number:05d}-of-{len(shards):05d}.safetensors", {"format": "pt"})
+    if expected is not None:
+        save_file({"expected": expected}, building / EXPECTED)
     os.replace(building, path)
 
 
-def _prune(folder: Path, keep: Path) -> None:
-    """Removes all versions but the newest, which a server that restarts asks for; and what a killed run left
-    half-written. Nothing else in the folder is touched."""
+def _prune(folder: Path, keep: set[str]) -> None:
+    """Removes all versions but `keep`: the newest, which a server that restarts asks for, say; and what a
+    killed run left half-written. Nothing else in the folder is touched."""
     for path in folder.iterdir():
-        if VERSION.fullmatch(path.name.removeprefix(".building-")) and path != keep:
+        if VERSION.fullmatch(path.name.removeprefix(".building-")) and path.name not in keep:
             shutil.rmtree(path, ignore_errors=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
-from pact_fast.distributed import Sharded
+from pact_fast.distributed import Sharded, World
 from pact_fast.envs.base import ToolEnv
 from pact_fast.rollout.engine import Engine, RolloutError
 from pact_fast.rollout.loop import Rollout, collect_rollouts
@@ -19,44 +20,60 @@ def spread_rollouts(
     env: ToolEnv,
     chat: ChatFormat,
     records: Sequence[Record],
+    **options: Any,
+) -> list[Rollout]:
+    """`collect_rollouts` with the present weights, a share of the records a rank; all rollouts, in order,
+    come back on every one. Options as those of `sample_share`.
+
+    RolloutError on every rank where one of them has no rollouts.
+    """
+    engine.prepare()
+
+    def share() -> list[Rollout]:
+        with sharded.whole() if engine.in_process else nullcontext():
+            return sample_share(sharded.world, engine, env, chat, records, **options)
+
+    return join_shares(sharded.world, share, options["num_generations"])
+
+
+def sample_share(
+    world: World,
+    engine: Engine,
+    env: ToolEnv,
+    chat: ChatFormat,
+    records: Sequence[Record],
     *,
-    num_generations: int,
     prompts: Sequence[Tokens],
     row_seeds: bool = False,
     **options: Any,
 ) -> list[Rollout]:
-    """`collect_rollouts`, a share of the records a rank; all rollouts, in order, come back on every one.
+    """`collect_rollouts` of this rank's share of the records; exchanges nothing with other ranks.
 
     row_seeds: draw in one process as several ranks do, each rollout from a seed of its own.
-    RolloutError on every rank where one of them has no rollouts.
     """
-    world = sharded.world
-    engine.prepare()
-    if not world.distributed:
-        return collect_rollouts(
-            engine,
-            env,
-            chat,
-            records,
-            num_generations=num_generations,
-            prompts=prompts,
-            keys=range(len(records)) if row_seeds or engine.row_seeds else None,
-            **options,
-        )
+    keyed = world.distributed or row_seeds or engine.row_seeds
+    return collect_rollouts(
+        engine,
+        env,
+        chat,
+        world.mine(records),
+        prompts=world.mine(prompts),
+        keys=world.mine(range(len(records))) if keyed else None,
+        **options,
+    )
+
+
+def join_shares(world: World, share: Callable[[], list[Rollout]], num_generations: int) -> list[Rollout]:
+    """The shares of all ranks, in the order of one process, on every rank.
+
+    share: gives this rank's. RolloutError on every rank where it raises one on any.
+    """
     mine, problem = [], None
     try:
-        with sharded.whole():
-            mine = collect_rollouts(
-                engine,
-                env,
-                chat,
-                world.mine(records),
-                num_generations=num_generations,
-                prompts=world.mine(prompts),
-                keys=world.mine(range(len(records))),
-                **options,
-            )
+        mine = share()
     except RolloutError as error:  # the others must not wait for rollouts that never come
+        if world.size == 1:
+            raise
         problem = str(error)
     if first := next(filter(None, world.gather(problem)), None):
         raise RolloutError(first)

@@ -20,6 +20,8 @@ def inner(pid):
     return int(children[0]) if children else pid
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(300 + 30 * REPEATS)
 @pytest.mark.parametrize("which", ["outer", "inner"])
 def test_kill_9_of_a_tool_worker_at_random_moments_changes_no_result(which):
     work = Program("import time\ndef tool(n):\n    time.sleep(0.002)\n    return n * n")

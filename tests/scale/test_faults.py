@@ -1,4 +1,4 @@
-"""Faults that must lose nothing: see faults.py. PACT_FAULTS=20 repeats each of them twenty times."""
+"""Faults that must lose nothing: see faults.py. With PACT_FAULTS=20 each is done twenty times."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 REPEATS = int(os.environ.get("PACT_FAULTS", "3"))
 LIMIT = 300 + 300 * REPEATS
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(LIMIT + 60)]  # the first test waits for all
 SCENARIOS = ("clock", "damage", "disk_full", "kill", "kill_rank", "nan", "sigterm", "tool_worker")
 
 
@@ -27,7 +28,6 @@ def test_every_scenario_is_run(outcome):
     assert tuple(sorted(outcome)) == SCENARIOS
 
 
-@pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_lost_after(outcome, name):
     found = outcome[name]
