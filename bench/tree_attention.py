@@ -4,7 +4,7 @@ In effective TFLOP/s: floating-point operations of the visible pairs of the tree
 computes beside them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -156,7 +156,7 @@ def attention_inputs(tokens: int, heads: tuple[int, int], head_dim: int):
     return [torch.randn(s, device=DEVICE).to(DTYPE).requires_grad_() for s in shapes]
 
 
-def bench_attention(seconds: float, least: int = 5) -> list[dict[str, object]]:
+def bench_attention(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
     rows = Rows()
     models = {"Qwen3-1.7B": (16, 8), "Qwen3-4B": (32, 8)} if GPU else {"tiny": (4, 2)}
     head_dim, what = (128, "time") if GPU else (32, "processor time")
@@ -177,9 +177,9 @@ def bench_attention(seconds: float, least: int = 5) -> list[dict[str, object]]:
                     rows.add("tree_attention", name, mode, shape, "effective", "TFLOP/s", rates)
             for name, why in left_out.items():
                 print(f"tree_attention: {name} left out: {why}")
+            yield rows.take()
             del q, k, v, providers
             free()
-    return rows.rows
 
 
 def attention_runs(providers, inputs, mode: str):
