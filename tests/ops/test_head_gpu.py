@@ -170,3 +170,16 @@ def test_cross_entropy_equals_torch_in_fp32():
     x, w, target, _, _ = inputs(512, 128, torch.float32, vocab=8000)
     want = F.cross_entropy(x @ w.T, target)
     torch.testing.assert_close(linear_cross_entropy(x, w, target, reduction="mean"), want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_ops_run_where_their_tensors_are():
+    x, w, target, _, weight = inputs(64, 64, vocab=1000)
+    there = [t.detach().to("cuda:1").requires_grad_(t.requires_grad) for t in (x, w)]
+    pair = []
+    for (a, b), device in (((x, w), "cuda:0"), (there, "cuda:1")):
+        loss = linear_cross_entropy(a, b, target.to(device), token_weight=weight.to(device))
+        logprobs = linear_logprob(a, b, target.to(device))
+        pair.append([logprobs, *torch.autograd.grad(loss + logprobs.sum(), (a, b))])
+    for here, other in zip(*pair, strict=True):
+        torch.testing.assert_close(here, other.to("cuda:0"))
