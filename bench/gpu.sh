@@ -4,6 +4,7 @@
 #   tests    the GPU tests and the kernel tests, compiled instead of interpreted
 #   bench    the ops beside their peers at the main shape: CSV rows and a plot in bench/results/
 #   tree     attention, training step and scoring pass of token trees (all lengths: python bench/tree.py)
+#   trainer  a step of the trainer on the bundled environment, where its packages are there
 #   others   the ops at their other shapes, as many as the time allows
 #   summary  the targets, from those rows, to bench/results/summary.txt
 # Each part has a time limit, and so has the whole: 8 minutes ($TOTAL_LIMIT seconds). Peers that are not installed are left out with the
@@ -77,6 +78,11 @@ part_tree() {
     return $status
 }
 
+part_trainer() {
+    "$PY" -c 'import pact_fast.trainer' || { echo "gpu.sh: left out: the trainer needs that package"; return 0; }
+    within "${TRAINER_LIMIT:-60}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" -m gpu tests/train/test_trainer.py
+}
+
 part_others() {
     local status=0
     within "${OTHERS_LIMIT:-120}" "$PY" -m pact_fast.bench_cli --shapes others --seconds "$SECONDS_PER_CASE" --out "$OUT" ||
@@ -90,10 +96,10 @@ part_summary() {
 }
 
 status=0
-for part in "${@:-setup tests bench tree others summary}"; do
+for part in "${@:-setup tests bench tree trainer others summary}"; do
     for name in $part; do
         echo "== $name"
-        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, tree, others, summary"
+        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, tree, trainer, others, summary"
         [ "$name" = setup ] || [ -x "$PY" ] || fail "there is no $PY: run 'bash bench/gpu.sh setup' first"
         if ! "part_$name"; then
             status=1
