@@ -9,8 +9,8 @@ from runner import timings
 from tree_common import Rows
 
 from pact_fast import pack_tree
-from pact_fast.build import keep_freed_memory
 from pact_fast.kernels import tree_native
+from pact_fast.malloc import keep_freed_memory
 
 
 def bench_packer(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
