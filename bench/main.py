@@ -64,8 +64,12 @@ def main(argv: list[str]) -> int:
                 write_csv(args.out / f"{label}.csv", rows)
                 every += rows
                 # a peer may fail; one of ours may only be unavailable
-                failed |= any(n.startswith("pact_fast") and "gate:" in why for n, why in left_out.items())
-    plot(every, args.out / f"{label}.png")
+                ours = [why for name, why in left_out.items() if name.startswith("pact_fast")]
+                failed |= not all(why.startswith("not here") for why in ours)
+    try:
+        plot(every, args.out / f"{label}.png")
+    except ImportError as error:
+        print(f"no plot: {error}")
     print(f"{len(every)} rows appended to {args.out / f'{label}.csv'}")
     return 1 if failed or not every else 0
 

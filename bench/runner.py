@@ -1,6 +1,7 @@
 """Measures one op: correctness gate first, then time, providers interleaved, then memory apart from it."""
 
 import datetime
+import functools
 import gc
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ COLUMNS = (
 FLUSH_BYTES = 256 << 20  # more than any L2
 
 
+@functools.cache
 def machine() -> dict[str, str]:
     """The columns that say where a row comes from."""
 

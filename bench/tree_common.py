@@ -65,6 +65,11 @@ class Rows:
         self.rows.append(row | self.where)
         print(f"{op:20s} {name:30s} {mode:17s} {shape}: {row['p50']} {unit} {metric}", flush=True)
 
+    def take(self) -> list[dict[str, object]]:
+        """The rows since the last call."""
+        taken, self.rows = self.rows, []
+        return taken
+
 
 def free() -> None:
     gc.collect()

@@ -1,5 +1,7 @@
 """A model on token trees: training step and scoring pass, beside the usual packed form and one by one."""
 
+from collections.abc import Iterator
+
 import torch
 from runner import memory, timings
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -14,7 +16,7 @@ from pact_fast import (
     pack_linear,
     pack_tree,
 )
-from pact_fast.build import keep_freed_memory
+from pact_fast.malloc import keep_freed_memory
 
 H100_BF16_FLOPS = 989e12  # dense, from the data sheet
 
@@ -152,7 +154,7 @@ def model_flops(model, pack: TreePack, rows: int, passes: int) -> float:
     return passes * (2 * weights * pack.num_tokens + attention + 2 * rows * c.hidden_size * c.vocab_size)
 
 
-def bench_model(seconds: float, least: int = 5) -> list[dict[str, object]]:
+def bench_model(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
     rows = Rows()
     if not GPU:
         keep_freed_memory()  # of all variants alike, as the trainer does
@@ -166,6 +168,7 @@ def bench_model(seconds: float, least: int = 5) -> list[dict[str, object]]:
             shape = f"{geometry} {contexts} tree={tree.num_tokens} packed={packed_tokens}"
             flops = model_flops(model, tree, rows_of(tree, starts).numel(), 3)
             measure_model(rows, "train_step", shape, runs, seconds, flops, least)
+            yield rows.take()
             free()
         runs = scoring_passes(policy, geometry, vocab)
         sequences, starts = geometry.sequences("score", vocab)
@@ -173,9 +176,9 @@ def bench_model(seconds: float, least: int = 5) -> list[dict[str, object]]:
         flops = model_flops(model, tree, rows_of(tree, starts).numel(), 1)
         shape = f"{geometry} tree={tree.num_tokens}"
         measure_model(rows, "score_both_contexts", shape, runs, seconds, flops, least)
+        yield rows.take()
         model.zero_grad(set_to_none=True)
         free()
-    return rows.rows
 
 
 def measure_model(rows: Rows, op: str, shape: str, runs, seconds: float, flops: float, least: int) -> None:

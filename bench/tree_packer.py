@@ -9,11 +9,11 @@ from runner import timings
 from tree_common import Rows
 
 from pact_fast import pack_tree
-from pact_fast.build import keep_freed_memory
 from pact_fast.kernels import tree_native
+from pact_fast.malloc import keep_freed_memory
 
 
-def bench_packer(seconds: float, least: int = 5) -> list[dict[str, object]]:
+def bench_packer(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
     """2,048 sequences of 5,000 tokens, 32 behind each of 64 prompts of 3,500, on at most 2 cores.
 
     By the wall, and by the processor's time of all threads: what one core that does nothing else would do.
@@ -34,7 +34,7 @@ def bench_packer(seconds: float, least: int = 5) -> list[dict[str, object]]:
         for name, values in samples.items():
             rates = [total / ms / 1e3 for ms in values]
             rows.add("pack_tree", name, "whole", "2048 x 5000", f"tokens over {what}", "Mtoken/s", rates)
-    return rows.rows
+    yield rows.take()
 
 
 @contextmanager

@@ -129,7 +129,8 @@ def linear_logprob_op(
     require_indices("target", target, weight.shape[0])
     forward = reference.linear_logprob_forward if impl == "torch" else fused_forward
     bias = None if bias is None else bias.contiguous()
-    return forward(hidden, weight, target.long().contiguous(), bias, temperature, softcap)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
+        return forward(hidden, weight, target.long().contiguous(), bias, temperature, softcap)
 
 
 @linear_logprob_op.register_fake
@@ -158,19 +159,20 @@ def linear_logprob_backward_op(
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
     needs = (needs_hidden, needs_weight, needs_bias)
     backward = reference.linear_logprob_backward if impl == "torch" else fused_backward
-    grads = backward(
-        grad_logprob,
-        grad_entropy,
-        hidden,
-        weight,
-        target.long().contiguous(),
-        None if bias is None else bias.contiguous(),
-        normalizer,
-        entropy,
-        temperature,
-        softcap,
-        needs,
-    )
+    with torch.cuda.device_of(hidden):
+        grads = backward(
+            grad_logprob,
+            grad_entropy,
+            hidden,
+            weight,
+            target.long().contiguous(),
+            None if bias is None else bias.contiguous(),
+            normalizer,
+            entropy,
+            temperature,
+            softcap,
+            needs,
+        )
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 

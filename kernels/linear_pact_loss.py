@@ -174,9 +174,10 @@ def linear_pact_loss_op(
     forward = (
         reference.linear_pact_loss_forward if impl == "torch" else functools.partial(fused_forward, impl=impl)
     )
-    sums, logprobs, grads = forward(
-        hidden, weight, target.long().contiguous(), index, terms, how, bias, temperature, softcap, needs
-    )
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
+        sums, logprobs, grads = forward(
+            hidden, weight, target.long().contiguous(), index, terms, how, bias, temperature, softcap, needs
+        )
     loss = sums[0] + sums[1]
     if beta != 0.0:
         loss = loss + beta * sums[2]
@@ -254,7 +255,8 @@ def scale_gradient(grad: Tensor, by: Tensor, impl: str) -> Tensor:
     if impl != "torch" and type(grad) is Tensor:
         from pact_fast.kernels.gradient_rows import scale_
 
-        return scale_(grad, by)
+        with torch.cuda.device_of(grad):
+            return scale_(grad, by)
     return grad * by.to(grad.dtype)
 
 

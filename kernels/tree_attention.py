@@ -315,13 +315,14 @@ def tree_attention_op(
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         q.new_empty(heads, q.shape[0], dtype=torch.float32),
     )
-    tree_attention_fwd_kernel[(order.numel() * heads,)](
-        q, k, v, out, lse, end, depth, order, ptr, split, cols, scale * LOG2E, q.shape[0], window,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, WINDOW=window > 0, PRECISION=_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
+        tree_attention_fwd_kernel[(order.numel() * heads,)](
+            q, k, v, out, lse, end, depth, order, ptr, split, cols, scale * LOG2E, q.shape[0], window,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=_block_d(head_dim),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOW=window > 0, PRECISION=_precision(q.dtype),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -344,26 +345,27 @@ def tree_attention_backward_op(
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     shape = {"D": head_dim, "BLOCK_D": _block_d(head_dim)}
-    tree_attention_delta_kernel[(triton.cdiv(tokens, 64) * heads,)](
-        out, d_out, lse if d_lse is None else d_lse, delta, tokens, *d_out.stride()[:2],
-        HEADS=heads, BLOCK_M=64, HAS_DLSE=d_lse is not None, **shape,
-    )  # fmt: skip
-    shape |= {"GROUP": heads // k.shape[1], "WINDOW": window > 0, "PRECISION": _precision(q.dtype)}
-    strides = (*k.stride()[:2], *v.stride()[:2])
-    tree_attention_dkv_kernel[(key_order.numel() * k.shape[1],)](
-        _descriptor(q, [dkv_tile.block_m, shape["BLOCK_D"]]), k, v,
-        _descriptor(d_out, [dkv_tile.block_m, shape["BLOCK_D"]]), lse, delta, dk, dv, end, depth, key_order,
-        scale, scale * LOG2E, tokens, window, *strides,
-        KV_HEADS=k.shape[1], BLOCK_M=dkv_tile.block_m, BLOCK_N=dkv_tile.block_n,
-        num_warps=dkv_tile.num_warps, num_stages=dkv_tile.num_stages, **shape,
-    )  # fmt: skip
-    tree_attention_dq_kernel[(order.numel() * heads,)](
-        q, k, v, d_out, lse, delta, dq, end, depth, order, ptr, split, cols, scale, scale * LOG2E, tokens,
-        window,
-        *q.stride()[:2], *strides, *d_out.stride()[:2],
-        HEADS=heads, BLOCK_M=dq_tile.block_m, BLOCK_N=dq_tile.block_n,
-        num_warps=dq_tile.num_warps, num_stages=dq_tile.num_stages, **shape,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        tree_attention_delta_kernel[(triton.cdiv(tokens, 64) * heads,)](
+            out, d_out, lse if d_lse is None else d_lse, delta, tokens, *d_out.stride()[:2],
+            HEADS=heads, BLOCK_M=64, HAS_DLSE=d_lse is not None, **shape,
+        )  # fmt: skip
+        shape |= {"GROUP": heads // k.shape[1], "WINDOW": window > 0, "PRECISION": _precision(q.dtype)}
+        strides = (*k.stride()[:2], *v.stride()[:2])
+        tree_attention_dkv_kernel[(key_order.numel() * k.shape[1],)](
+            _descriptor(q, [dkv_tile.block_m, shape["BLOCK_D"]]), k, v,
+            _descriptor(d_out, [dkv_tile.block_m, shape["BLOCK_D"]]), lse, delta, dk, dv, end, depth,
+            key_order, scale, scale * LOG2E, tokens, window, *strides,
+            KV_HEADS=k.shape[1], BLOCK_M=dkv_tile.block_m, BLOCK_N=dkv_tile.block_n,
+            num_warps=dkv_tile.num_warps, num_stages=dkv_tile.num_stages, **shape,
+        )  # fmt: skip
+        tree_attention_dq_kernel[(order.numel() * heads,)](
+            q, k, v, d_out, lse, delta, dq, end, depth, order, ptr, split, cols, scale, scale * LOG2E, tokens,
+            window,
+            *q.stride()[:2], *strides, *d_out.stride()[:2],
+            HEADS=heads, BLOCK_M=dq_tile.block_m, BLOCK_N=dq_tile.block_n,
+            num_warps=dq_tile.num_warps, num_stages=dq_tile.num_stages, **shape,
+        )  # fmt: skip
     return dq, dk, dv
 
 

@@ -210,7 +210,6 @@ def pack_losses(
         ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
         pack = (pack_tree if tree else pack_linear)(ids)
         pairs = int(pack.position_ids.sum()) + pack.num_tokens
-        pack = pack.to(policy.device)
         outputs: dict[bool, PactLossOutput | None] = {}
         compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
         if sharded is None:
@@ -231,11 +230,13 @@ def _pack_loss(
     outputs: dict[bool, PactLossOutput | None],
 ) -> Tensor:
     """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`."""
+    # Before the forward: a copy to the device waits for what is queued there.
+    kinds = (True, False)
+    rows = {kind: _loss_rows(pack, samples, kind, policy.device) if samples else None for kind in kinds}
     hidden = policy.hidden(pack)
-    for is_policy in (True, False):
-        rows = _loss_rows(pack, samples, is_policy, policy.device) if samples else None
-        scale = temperature if is_policy else 1.0
-        outputs[is_policy] = _call_op(policy, hidden, rows, objective, scale, impl) if rows else None
+    for kind, terms in rows.items():
+        scale = temperature if kind else 1.0
+        outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
     losses = [o.loss for o in outputs.values() if o is not None]
     if losses:
         return torch.stack(losses).sum()
@@ -258,7 +259,7 @@ def _loss_rows(
         if sample.is_policy != is_policy or not len(live):
             continue
         add("target", sample.ids[live])
-        add("row_index", index.cpu()[live - 1])
+        add("row_index", index[live - 1])
         if is_policy:
             add("policy_weight", sample.policy_weight[live])
             add("advantages", sample.advantages[live])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast.config import Config, ConfigError, DistributedConfig, LoraConfig, ModelConfig, TrainConfig
 from pact_fast.distributed import Sharded, World
+from pact_fast.malloc import keep_freed_memory
 from pact_fast.models import base_model_path
 from pact_fast.optimizer import AdamWBF16, adamw_8bit
 from pact_fast.policy import Policy
@@ -23,17 +23,6 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-
-
-def keep_freed_memory() -> bool:
-    """Tells glibc to keep up to 1 GiB of freed memory for the next step; False where there is no glibc.
-
-    By default a step's activations go back to the system when they are freed and are faulted in, zeroed, by
-    the next step: 77,000 page faults and 8% of the time of a 3,800-token step of a 4-layer model.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_* of malloc.h; 32 MiB is the greatest mmap threshold
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, 1 << 30))
 
 
 def build_model(config: ModelConfig, lora: LoraConfig, device: torch.device) -> tuple[Any, Any]:

@@ -62,6 +62,27 @@ def test_an_install_without_the_repository_says_so(monkeypatch, tmp_path):
         bench_cli.main([])
 
 
+HIDE = """
+import importlib, importlib.machinery, sys
+hidden = set("hypothesis jsonargparse scipy pyarrow tensorboard matplotlib psutil peft".split())
+hidden |= set("liger_kernel trl prefix_grouper accelerate datasets pytest_timeout xdist".split())
+find = importlib.machinery.PathFinder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.split(".")[0] in hidden else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
+sys.path[:0] = [".", "bench", "tests/ops"]
+for module in "main tree test_head_gpu test_head_kernels tests.tree.test_tree_kernels".split():
+    importlib.import_module(module)
+assert not hidden & set(sys.modules)
+"""
+
+
+def test_make_gpu_imports_no_more_than_torch_triton_transformers_and_pytest():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", HIDE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.timeout(900)
 def test_no_kernel_spills_registers():
     """The resource report of the default configurations, in a process without the interpreter."""

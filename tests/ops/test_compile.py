@@ -48,8 +48,10 @@ def compiled(function):
 def test_the_loss_is_one_node_of_a_full_graph(impl):
     if impl == "triton":
         pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     leaves, args = single_precision("all")
-    args = {k: v[:9] if torch.is_tensor(v) else v for k, v in args.items()}
+    leaves = [t.detach().to(device).requires_grad_() for t in leaves]
+    args = {k: v[:9].to(device) if torch.is_tensor(v) else v for k, v in args.items()}
 
     def function(x, w, b):
         return linear_pact_loss(x * 1.5, w, bias=b, impl=impl, **args).loss * 2

@@ -96,7 +96,10 @@ def test_scoring_past_two_to_the_31(monkeypatch):
     x, w, target, _, _ = inputs(16_384, 256)
     small = linear_logprob(x.detach(), w.detach(), target)
     monkeypatch.setattr(logprob_driver, "FORWARD_BYTES", 8 << 30)
-    torch.testing.assert_close(linear_logprob(x.detach(), w.detach(), target), small, rtol=1e-5, atol=1e-5)
+    whole = linear_logprob(x.detach(), w.detach(), target)
+    # A GEMM of another size may sum in another order and round a logit of up to 8 to its bf16 neighbour.
+    torch.testing.assert_close(whole, small, rtol=0, atol=4e-2)
+    assert (whole - small).abs().mean() < 1e-4
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -130,6 +133,7 @@ def test_the_loss_can_be_captured_in_a_cuda_graph():
     step = lambda: torch.autograd.grad(linear_cross_entropy(x, w, target, token_weight=weight), (x, w))  # noqa: E731
     want = [g.clone() for g in step()]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -166,3 +170,16 @@ def test_cross_entropy_equals_torch_in_fp32():
     x, w, target, _, _ = inputs(512, 128, torch.float32, vocab=8000)
     want = F.cross_entropy(x @ w.T, target)
     torch.testing.assert_close(linear_cross_entropy(x, w, target, reduction="mean"), want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_ops_run_where_their_tensors_are():
+    x, w, target, _, weight = inputs(64, 64, vocab=1000)
+    there = [t.detach().to("cuda:1").requires_grad_(t.requires_grad) for t in (x, w)]
+    pair = []
+    for (a, b), device in (((x, w), "cuda:0"), (there, "cuda:1")):
+        loss = linear_cross_entropy(a, b, target.to(device), token_weight=weight.to(device))
+        logprobs = linear_logprob(a, b, target.to(device))
+        pair.append([logprobs, *torch.autograd.grad(loss + logprobs.sum(), (a, b))])
+    for here, other in zip(*pair, strict=True):
+        torch.testing.assert_close(here, other.to("cuda:0"))

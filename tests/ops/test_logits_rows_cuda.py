@@ -81,6 +81,7 @@ def test_logits_of_minus_ten_thousand():
 
 
 @built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the loss has other kernels, not interpreted here")
 def test_the_whole_loss_through_the_library(monkeypatch):
     """The driver with the library's row kernel equals the reference, chunks and row_index included."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")

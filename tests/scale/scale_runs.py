@@ -29,6 +29,7 @@ SMALL = {
     "eval.gauge_every": 2,
     "checkpoint.every": 2,
     "run.threads": 1,
+    "run.device": "cpu",  # on a GPU machine, too: two ranks do not share a GPU
 }
 
 

@@ -17,6 +17,7 @@ SMALL = {
     "eval.test_tasks": 4,
     "eval.gauge_every": 1,
     "run.threads": 1,
+    "run.device": "cpu",  # on a GPU machine, too: results are compared to the last bits
 }
 
 

@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from pact_fast.build import keep_freed_memory
+from pact_fast.malloc import keep_freed_memory
 
 resource = pytest.importorskip("resource")
 

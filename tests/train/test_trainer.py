@@ -64,6 +64,16 @@ def test_first_update_after_a_rollout_is_on_policy_and_the_engine_agrees(make_tr
     assert row["reward_std"] > 0, "no rollout was better than another: nothing was trained"
 
 
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_is_on_policy_and_the_engine_agrees(make_trainer):
+    trainer = make_trainer(run__device="cuda")
+    row = trainer.train_step(0)
+    assert abs(row["pact/ppo_kl"]) < 1e-6
+    assert row["clip_ratio"] == 0.0
+    assert row["pact/engine_gap_max"] < 1e-3
+    assert row["memory/peak"] > 0
+
+
 def test_a_stale_policy_is_noticed_by_the_first_update_check(make_trainer):
     trainer = make_trainer()
     samples, _, _ = step_samples(trainer)

@@ -1,6 +1,5 @@
 """Tree attention against the dense-mask definition in fp64: outputs and gradients of each implementation."""
 
-import os
 from unittest import mock
 
 import numpy as np
@@ -12,34 +11,10 @@ from hypothesis import strategies as st
 from pact_fast.kernels import tree_flash, tree_native
 from pact_fast.kernels.reference import tree_attention as reference
 from pact_fast.kernels.tree_layout import key_tile_order, tile_list, tree_depth
-from pact_fast.kernels.tree_tiles import Tile, TilePlan, Tiles
 from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.packing import pack_tree
+from tests.tree.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
 from tests.tree.conftest import pact_sequences, random_sequences
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = pact_sequences(1, prompt=40, trace=10, rollout=9, group=2) + random_sequences(3)
-
-
-def inputs(tokens, heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu", seed=0):
-    torch.manual_seed(seed)
-    shapes = [(tokens, heads, head_dim), (tokens, kv_heads, head_dim), (tokens, kv_heads, head_dim)]
-    return [torch.randn(s, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes]
-
-
-def oracle(q, k, v, end, d_out, d_lse=None, window=None):
-    """out, lse and the gradients of q, k, v by the definition in fp64."""
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, lse = reference.tree_attention_dense(*exact, end, window=window)
-    outputs, upstream = ([out], [d_out]) if d_lse is None else ([out, lse], [d_out, d_lse])
-    return out, lse, *torch.autograd.grad(outputs, exact, [g.double() for g in upstream])
-
-
-def assert_near(got, want, dtype):
-    """Within the rounding of `dtype`: inputs are O(1), and so is the error of a gradient that is 0."""
-    bound = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    error = (got.double() - want).norm() / want.norm().clamp(min=1.0)
-    assert error <= bound, f"relative error {error:.2e}"
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,44 +43,6 @@ def test_dense_mask_says_who_is_an_ancestor():
     mask = reference.tree_mask(pack.subtree_end)
     assert [row.nonzero()[:, 0].tolist() for row in mask] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 4], [5]]
     assert reference.tree_mask(pack.subtree_end, window=2)[3].nonzero()[:, 0].tolist() == [1, 3]
-
-
-# T = 158 with 16-row tiles: full, partial and skipped tiles and a ragged last one. 80 is padded to 128.
-TRITON_CASES = [
-    pytest.param(torch.float32, 16, (4, 2), None, None, id="fp32"),
-    pytest.param(torch.float16, 16, (4, 1), 5, None, id="fp16-window"),
-    pytest.param(torch.float32, 80, (2, 1), None, None, id="head_dim-80"),
-    pytest.param(
-        torch.float32,
-        16,
-        (2, 2),
-        7,
-        Tiles(Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(16, 32, 1, 1)),
-        id="unequal-tiles-window",
-    ),
-    pytest.param(
-        torch.float32,
-        16,
-        (2, 1),
-        None,
-        Tiles(Tile(16, 32, 1, 1), Tile(32, 16, 1, 1), Tile(32, 16, 1, 1)),
-        id="unequal-tiles",
-    ),
-]
-
-
-@pytest.mark.parametrize(("dtype", "head_dim", "heads", "window", "tiles"), TRITON_CASES)
-def test_triton_equals_the_definition(dtype, head_dim, heads, window, tiles):
-    kernel = pytest.importorskip("pact_fast.kernels.tree_attention")
-    end = pack_tree(SMALL).subtree_end.to(DEVICE)
-    q, k, v = inputs(end.numel(), *heads, head_dim, dtype, DEVICE)
-    plan = TilePlan(end, tree_depth(end.cpu().numpy()), window)
-    out, lse = kernel.tree_attention(q, k, v, plan, tiles=tiles)
-    d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
-    want = oracle(q, k, v, end, d_out, d_lse, window)
-    got = [out, lse, *torch.autograd.grad([out, lse], [q, k, v], [d_out, d_lse])]
-    for a, b in zip(got, want, strict=True):
-        assert_near(a, b, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -189,56 +126,6 @@ def test_flash_equals_the_definition():
         assert_near(a, b, torch.bfloat16)
 
 
-def test_triton_takes_strided_inputs_partial_gradients_and_repeats_bitwise():
-    pytest.importorskip("pact_fast.kernels.tree_attention")
-    end = pack_tree(random_sequences(2, count=8)).subtree_end.to(DEVICE)
-    q, k, v = (x.detach() for x in inputs(end.numel(), device=DEVICE))
-    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]  # heads outermost in memory
-    strided[1].requires_grad_()
-    d_out = torch.randn_like(q).transpose(0, 1).contiguous().transpose(0, 1)
-    runs = []
-    for _ in range(2):
-        out = tree_attention(*strided, end, impl="triton")
-        runs.append([out, torch.autograd.grad(out, strided[1], d_out)[0]])
-    want = oracle(q, k, v, end, d_out)
-    assert_near(runs[0][0], want[0], torch.float32)
-    assert_near(runs[0][1], want[3], torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_queries_behind_a_cached_prefix_equal_those_of_the_whole_tree(impl):
-    pack = pack_tree(pact_sequences(6, prompt=24, trace=6, rollout=7, group=2))
-    q, k, v = (x.detach().to(DEVICE) for x in inputs(pack.num_tokens))
-    end = pack.subtree_end.to(DEVICE)
-    whole = tree_attention(q, k, v, end, impl=impl)
-    for first in (19, 37):
-        plan = tree_plan(end, first_query=first, impl=impl)
-        behind = tree_attention(q[first:], k, v, end, plan=plan)
-        torch.testing.assert_close(behind, whole[first:], atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="first_query = 99"):
-        tree_plan(end, first_query=99, impl=impl)
-
-
-def test_rows_do_not_read_what_they_cannot_see():
-    """Poison every token outside one sequence with NaN: that sequence's outputs do not change."""
-    pack = pack_tree(pact_sequences(6, prompt=24, trace=6, rollout=7, group=2))
-    for impl in ("torch", "triton"):
-        q, k, v = (x.detach().to(DEVICE) for x in inputs(pack.num_tokens))
-        end = pack.subtree_end.to(DEVICE)
-        clean = tree_attention(q, k, v, end, impl=impl)
-        index = pack.token_index[-1].to(DEVICE)
-        outside = torch.ones(pack.num_tokens, dtype=torch.bool, device=DEVICE)
-        outside[index] = False
-        # A large finite value: 0 * NaN is NaN in any implementation that masks scores.
-        for x in (k, v):
-            x[outside] = 1e6
-        torch.testing.assert_close(
-            tree_attention(q, k, v, end, impl=impl)[index], clean[index], atol=1e-5, rtol=0
-        )
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000),
@@ -280,16 +167,6 @@ def test_autocast_casts_as_sdpa_does():
     assert out.dtype == torch.bfloat16
 
 
-def test_an_empty_pack_gives_an_empty_result():
-    q, k, v = inputs(0)
-    end = torch.empty(0, dtype=torch.int32)
-    for impl in ("torch", "triton"):
-        out, lse = tree_attention(q, k, v, end, return_lse=True, impl=impl)
-        assert out.shape == q.shape
-        assert lse.shape == (0, 4)
-        out.sum().backward()
-
-
 def call(**changes):
     q, k, v = inputs(3)
     arguments = {"q": q, "k": k, "v": v, "subtree_end": torch.tensor([3, 2, 3], dtype=torch.int32)} | changes
@@ -316,22 +193,6 @@ def call(**changes):
 def test_bad_arguments_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         call(**changes)
-
-
-def test_triton_refuses_what_it_cannot_do():
-    pytest.importorskip("pact_fast.kernels.tree_attention")
-    end = torch.tensor([2, 2], dtype=torch.int32, device=DEVICE)
-    with pytest.raises(ValueError, match="head_dim = 24"):
-        tree_attention(*inputs(2, head_dim=24, device=DEVICE), end, impl="triton")
-    with pytest.raises(TypeError, match="float64"):
-        tree_attention(*inputs(2, dtype=torch.float64, device=DEVICE), end, impl="triton")
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="about CPU tensors")
-def test_triton_on_cpu_tensors_is_an_error_without_the_interpreter(monkeypatch):
-    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="needs CUDA tensors"):
-        call(impl="triton")
 
 
 def test_a_plan_of_another_tree_or_impl_is_refused():
