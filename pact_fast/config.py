@@ -2,7 +2,7 @@
 where it has one.
 
 A preset (METHOD section 8) is a set of values for the `objective` section; what the file or the command line
-says wins.
+says wins. A `--preset` other than the file's own keeps the values that define it, whatever the file says.
 """
 
 from __future__ import annotations
@@ -243,10 +243,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pact-no-anchor": {"anchor_probability": 0.0},
     "pact-no-sft": {"sft_targets": "none"},
     "pact-no-observation": {"trace_observations": False},
-    "component-sft": {"rl_context": "none"},
+    "component-sft": {"rl_context": "none", "sft_weight": 1.0},
     "grpo": {"rl_context": "prompt", "sft_targets": "none"},
-    "sft": {"rl_context": "none", "sft_targets": "all"},
-    "sft-then-grpo": {"rl_context": "prompt", "sft_targets": "all", "rl_start": 0.5, "sft_end": 0.5},
+    "sft": {"rl_context": "none", "sft_targets": "all", "sft_weight": 1.0},
+    "sft-then-grpo": {
+        "rl_context": "prompt",
+        "sft_targets": "all",
+        "sft_weight": 1.0,
+        "rl_start": 0.5,
+        "sft_end": 0.5,
+    },
     "chord": {"rl_context": "prompt", "sft_targets": "all", "mu_start": 0.9, "mu_end": 0.05},
     "matchtir": {"rl_context": "prompt", "sft_targets": "none", "advantages": "turn"},
 }
@@ -284,6 +290,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if preset not in PRESETS:
         raise ConfigError(f"{source}: preset={preset!r} is unknown; nearest: {_nearest(preset, PRESETS)}")
     parser.set_defaults({f"objective.{k}": v for k, v in PRESETS[preset].items()})
+    if preset != values.get("preset", "pact") and isinstance(values.get("objective"), dict):
+        # Another preset than the file was written for: what defines it is not the file's to change.
+        kept = {k: v for k, v in values["objective"].items() if k not in PRESETS[preset]}
+        values = {**values, "objective": kept}
     try:
         # File first, then words: the command line wins.
         parsed: Namespace = parser.parse_object(values)

@@ -35,6 +35,17 @@ def test_command_line_beats_file_beats_preset_beats_default(write):
     assert load_config(path, ["--objective.rl_context", "trace"]).objective.rl_context == "trace"
 
 
+def test_another_preset_than_the_files_keeps_what_defines_it(write):
+    path = write("objective: {anchor_probability: 0.5, sft_weight: 0.2}\n")
+    assert load_config(path).objective.anchor_probability == 0.5
+    ablation = load_config(path, ["--preset", "pact-no-anchor"]).objective
+    assert (ablation.anchor_probability, ablation.sft_weight) == (0.0, 0.2)
+    words = ["--preset", "pact-no-anchor", "--objective.anchor_probability", "0.1"]
+    assert load_config(path, words).objective.anchor_probability == 0.1
+    own = write("preset: pact-no-anchor\nobjective: {anchor_probability: 0.2}\n")
+    assert load_config(own).objective.anchor_probability == 0.2
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_what_they_say(preset):
     config = load_config(None, ["--preset", preset])
