@@ -148,6 +148,19 @@ def wait_for(condition, seconds=120):
         time.sleep(0.01)
 
 
+def restart_after(server, proxy, completions):
+    """A thread that kills a server once that many completions have passed the proxy, and starts it again."""
+
+    def restart():
+        wait_for(lambda: proxy.calls.count("/v1/completions") >= completions)
+        server.kill()
+        server.start()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    return thread
+
+
 def spoil(**changes):
     """A fault that changes the choice of an answer."""
 

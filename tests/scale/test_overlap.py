@@ -17,7 +17,7 @@ from contextlib import suppress
 import pytest
 import torch
 from scale_runs import config, curve, same_weights, tiny_model, weights
-from serve_helpers import Misbehaving, ServerProcess, wait_for
+from serve_helpers import Misbehaving, ServerProcess, restart_after
 
 from pact_fast.config import ConfigError, load_config
 from pact_fast.metrics import read_metrics
@@ -333,14 +333,7 @@ def test_kill_9_of_a_server_at_random_moments_loses_nothing(root, server, undist
     victim = ServerProcess(tiny_model(), root, max_rows=1, cache_tokens=0)
     for attempt in range(REPEATS):
         proxy, after = Misbehaving(victim.url, None, share=0.0), rng.randrange(1, whole)
-
-        def kill(after=after, proxy=proxy):
-            wait_for(lambda: proxy.calls.count("/v1/completions") >= after)
-            victim.kill()
-            victim.start()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
+        killer = restart_after(victim, proxy, after)
         trainer = make(root / f"kill-{attempt}", proxy.url)
         run(trainer)
         killer.join()

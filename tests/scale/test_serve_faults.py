@@ -9,12 +9,11 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 from scale_runs import config, curve, same_weights, tiny_model, weights, words
-from serve_helpers import ROOT, Misbehaving, ServerProcess, spoil, wait_for
+from serve_helpers import ROOT, Misbehaving, ServerProcess, restart_after, spoil
 
 from pact_fast.rollout import RolloutError
 from pact_fast.trainer import Trainer
@@ -127,14 +126,7 @@ def test_kill_9_of_a_server_at_random_moments_loses_nothing(root, undisturbed):
     for attempt in range(REPEATS):
         proxy = Misbehaving(victim.url, None, share=0.0)
         after = rng.randrange(1, whole)
-
-        def kill(after=after, proxy=proxy):
-            wait_for(lambda: proxy.calls.count("/v1/completions") >= after)
-            victim.kill()
-            victim.start()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
+        killer = restart_after(victim, proxy, after)
         trainer = run(root / f"kill-{attempt}", proxy.url)
         killer.join()
         in_flight += trainer.engine.retries > 0
