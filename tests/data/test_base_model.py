@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections import defaultdict
+from contextlib import closing
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from pact_fast.models.toolbox_base import (
     make_base,
     model_config,
 )
+from pact_fast.rollout import HFEngine, RolloutLimits, collect_rollouts
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +126,42 @@ def test_a_shown_reference_is_another_trace_of_the_same_task(chat):
 
 
 def test_the_base_is_shown_no_question_of_several_steps_worked_off():
-    for record in base_records(600, seed=4):
+    records = base_records(600, seed=4)
+    assert {"chain", "hasty"} <= {record.env["kind"] for record in records}
+    for record in records:
         calls = sum(len(m.get("tool_calls", ())) for m in record.expert_trace)
         if record.env["kind"] == "chain" and record.env["reference"] is None:
             assert record.env["hops"] == 1
         elif record.env["kind"] == "hasty":
             assert record.env["hops"] > 1 == calls
+
+
+def test_the_base_can_do_the_parts_and_stops_after_the_first_step(chat, model):
+    """Greedy, as in docs/base.csv: steps named, steps spelled out, a reference to go by, one step alone."""
+    records = base_records(300, seed=77)
+    shown = [chat.render_trace(r.env["reference"]) if r.env["reference"] else None for r in records]
+    prompts = [chat.prompt(r.prompt, r.tools, privileged=s) for r, s in zip(records, shown, strict=True)]
+    limits = RolloutLimits(max_turns=6, max_completion_length=384, max_turn_length=64)
+    with closing(make_env("toolbox", {})) as env:
+        rollouts = collect_rollouts(
+            HFEngine(model),
+            env,
+            chat,
+            records,
+            num_generations=1,
+            limits=limits,
+            prompts=prompts,
+            temperature=0,
+        )
+    solved = defaultdict(list)
+    for rollout in rollouts:
+        kind = "reference" if rollout.record.env["reference"] else rollout.record.env["kind"]
+        solved[kind].append(rollout.outcome.solved)
+    share = {kind: sum(values) / len(values) for kind, values in solved.items()}
+    assert share["plan"] > 0.7
+    assert share["procedure"] > 0.9
+    assert share["reference"] > 0.7
+    assert share["hasty"] > 0.9
 
 
 def test_induction_circuit_copies_before_any_training(chat):

@@ -127,7 +127,7 @@ class ToolboxEnv:
         scores = {
             "solve_f1": f1,
             "solve_p": episode.solved / episode.calls if episode.calls else 1.0,
-            "solve_r": episode.solved / sub_answers,
+            "solve_r": episode.solved / sub_answers if sub_answers else 1.0,
         }
         failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
         reward = self.settings.no_format_reward if formless else f1
