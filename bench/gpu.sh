@@ -52,9 +52,6 @@ part_setup() {
     command -v nvidia-smi >/dev/null && nvidia-smi -L || fail "no GPU is visible (nvidia-smi): run this on a machine with one"
     bash scripts/machine_venv.sh "$VENV" || fail "python3 -m venv failed"
     within 60 "$PY" -m pip install -q --no-index --no-deps --no-build-isolation -e . || build_in_place
-    if [ -n "${PACT_FAST_WHEELS:-}" ]; then
-        "$PY" -m pip install -q --no-index --no-deps "$PACT_FAST_WHEELS"/*.whl || echo "gpu.sh: some wheels failed" >&2
-    fi
     "$PY" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_device_name())' ||
         fail "this python has no torch with CUDA and triton"
 }

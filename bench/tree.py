@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         SWEEP[1:], CONTEXTS[1:] = [], []
     label = torch.cuda.get_device_name().replace(" ", "-").lower() if GPU else "cpu"
     for what in args.what or BENCHES:
-        for rows in BENCHES[what](
-            args.seconds, args.rounds
-        ):  # comparison by comparison: a cut run keeps those done
+        # Comparison by comparison: a run that is cut keeps those done.
+        for rows in BENCHES[what](args.seconds, args.rounds):
             write_csv(args.out / f"{label}.csv", rows)
     return 0
 

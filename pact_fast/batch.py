@@ -231,8 +231,7 @@ def _pack_loss(
 ) -> Tensor:
     """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`."""
     # Before the forward: a copy to the device waits for what is queued there.
-    kinds = (True, False)
-    rows = {kind: _loss_rows(pack, samples, kind, policy.device) if samples else None for kind in kinds}
+    rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
     hidden = policy.hidden(pack)
     for kind, terms in rows.items():
         scale = temperature if kind else 1.0

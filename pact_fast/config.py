@@ -278,8 +278,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Raises:
         ConfigError: the file is missing or no mapping, a key is unknown (the nearest is named) or a value is
-        of the
-            wrong type or out of range.
+            of the wrong type or out of range.
     """
     source = str(path) if path is not None else "command line"
     values = _read_yaml(Path(path)) if path is not None else {}

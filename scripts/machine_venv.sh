@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment DIR on the packages of this machine's python3, its torch and triton above all.
+# Makes the virtual environment DIR on the packages of this machine's python3, its torch and triton above all. Wheels in
+# $PACT_FAST_WHEELS (a folder) are installed without dependencies.
 set -euo pipefail
 dir=$1
 if [ ! -x "$dir/bin/python" ]; then
@@ -14,4 +15,7 @@ if ! "$dir/bin/python" -c 'import torch' 2>/dev/null; then
 fi
 if ! "$dir/bin/python" -c 'import pip' 2>/dev/null; then
     "$dir/bin/python" -m ensurepip >/dev/null || echo "no pip: nothing can be installed into $dir" >&2
+fi
+if [ -n "${PACT_FAST_WHEELS:-}" ]; then
+    "$dir/bin/python" -m pip install -q --no-index --no-deps "$PACT_FAST_WHEELS"/*.whl || echo "some wheels failed" >&2
 fi

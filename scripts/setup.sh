@@ -7,8 +7,6 @@ if [ -n "$gpu" ] && python3 -c 'import torch' 2>/dev/null; then
     "$dir/bin/python" -m pip install -q -e '.[test,check,lora]' || {
         echo "no package index: installing without dependencies, on the packages that are here" >&2
         "$dir/bin/python" -m pip install -q --no-deps --no-build-isolation -e .
-        # What is missing may lie in a folder of wheels.
-        [ -z "${PACT_FAST_WHEELS:-}" ] || "$dir/bin/python" -m pip install -q --no-index --no-deps "$PACT_FAST_WHEELS"/*.whl
     }
 elif [ -n "$gpu" ]; then
     [ -x "$dir/bin/python" ] || python3 -m venv "$dir"
