@@ -64,7 +64,7 @@ part_tests() {
 
 # The loss comes last: a peer of it goes through torch.compile, whose time is not ours to bound.
 part_bench() {
-    within "${BENCH_LIMIT:-120}" "$PY" -m pact_fast.bench_cli --op linear_cross_entropy --op linear_logprob \
+    within "${BENCH_LIMIT:-120}" "$PY" -m pact_fast.commands.bench --op linear_cross_entropy --op linear_logprob \
         --op linear_pact_loss --shapes main --seconds "$SECONDS_PER_CASE" --out "$OUT"
 }
 
@@ -84,16 +84,16 @@ if_time_allows() {
 }
 
 part_trainer() {
-    "$PY" -c 'import pact_fast.trainer' || { echo "gpu.sh: left out: the trainer needs that package"; return 0; }
+    "$PY" -c 'import pact_fast.train.trainer' || { echo "gpu.sh: left out: the trainer needs that package"; return 0; }
     if_time_allows "${TRAINER_LIMIT:-60}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" -m gpu tests/train/test_trainer.py
 }
 
 part_others() {
-    if_time_allows "${OTHERS_LIMIT:-120}" "$PY" -m pact_fast.bench_cli --shapes others --seconds "$SECONDS_PER_CASE" --out "$OUT"
+    if_time_allows "${OTHERS_LIMIT:-120}" "$PY" -m pact_fast.commands.bench --shapes others --seconds "$SECONDS_PER_CASE" --out "$OUT"
 }
 
 part_summary() {
-    "$PY" -m pact_fast.bench_cli --targets --out "$OUT" | tee "$OUT/summary.txt"
+    "$PY" -m pact_fast.commands.bench --targets --out "$OUT" | tee "$OUT/summary.txt"
 }
 
 status=0

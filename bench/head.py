@@ -12,7 +12,7 @@ from registry import Op, Run, Shape, Unavailable, provider, register
 from torch.nn import functional as F
 
 from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
-from pact_fast.kernels import logits_rows_cuda
+from pact_fast.kernels.lm_head import rows_cuda
 
 FORWARD, TRAIN, LIVE30 = "forward", "forward+backward", "live30"
 
@@ -92,8 +92,8 @@ cross_entropy = register(
 def need_gpu(impl: str, i: SimpleNamespace) -> None:
     if impl != "torch" and not i.hidden.is_cuda:
         raise Unavailable("its kernels need a GPU")
-    if impl == "cuda" and logits_rows_cuda.library_path() is None:
-        raise Unavailable(f"{logits_rows_cuda.LIBRARY} was not built")
+    if impl == "cuda" and rows_cuda.library_path() is None:
+        raise Unavailable(f"{rows_cuda.LIBRARY} was not built")
 
 
 def ours_cross_entropy(impl: str):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pact_fast.kernels import gradient_rows, logits_rows
+from pact_fast.kernels.lm_head import gradient_rows, rows
 
 QWEN_VOCAB = 151_936
 
@@ -45,7 +45,7 @@ LOSS_VARIANTS = {
 
 
 def row_cases(dtype: str, vocab: int) -> Iterator[Case]:
-    launch = logits_rows.tile_config(vocab)
+    launch = rows.tile_config(vocab)
     options = {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]}
     label = f"{dtype} V={vocab}"
     floats = {"softcap": "fp32", "scale": "fp32"}
@@ -59,7 +59,7 @@ def row_cases(dtype: str, vocab: int) -> Iterator[Case]:
         constants = {flag: flag in on for flag in LOSS_FLAGS} | {"WRITE_GRAD": True} | block
         yield Case(
             f"logits_rows_loss {variant} {label}",
-            logits_rows.logits_rows_loss_kernel,
+            rows.logits_rows_loss_kernel,
             types,
             constants,
             **options,
@@ -71,7 +71,7 @@ def row_cases(dtype: str, vocab: int) -> Iterator[Case]:
         types |= {"stride": "i32", "stride_n": "i32", "V": "i32"} | floats
         yield Case(
             f"logits_rows_stats {'softcap ' if cap else ''}{label}",
-            logits_rows.logits_rows_stats_kernel,
+            rows.logits_rows_stats_kernel,
             types,
             {"HAS_BIAS": cap, "HAS_CAP": cap} | block,
             **options,
@@ -82,7 +82,7 @@ def row_cases(dtype: str, vocab: int) -> Iterator[Case]:
     types |= {"stride": "i32", "stride_n": "i32", "start": "i32", "width": "i32"} | floats
     yield Case(
         f"logits_rows_grad {label}",
-        logits_rows.logits_rows_grad_kernel,
+        rows.logits_rows_grad_kernel,
         types,
         {"HAS_ENTROPY": True, "HAS_BIAS": True, "HAS_CAP": True} | block,
         **options,

@@ -22,10 +22,10 @@ from report import write_csv  # noqa: E402
 from runner import timings  # noqa: E402
 from tree_common import Rows  # noqa: E402
 
-from pact_fast.batch import Sample, pack_losses  # noqa: E402
 from pact_fast.config import load_config  # noqa: E402
-from pact_fast.tasks import batch_records  # noqa: E402
-from pact_fast.trainer import Trainer  # noqa: E402
+from pact_fast.train.batch import Sample, pack_losses  # noqa: E402
+from pact_fast.train.rollouts import batch_records  # noqa: E402
+from pact_fast.train.trainer import Trainer  # noqa: E402
 
 PACKINGS = ("tree", "none")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,7 +35,7 @@ def step_samples(trainer: Trainer, step: int) -> list[Sample]:
     config = trainer.config
     records = batch_records(trainer.records, step, config.train.prompts_per_step, config.run.seed)
     rollouts = trainer.rollout(records, step)
-    anchored = trainer.schedule.anchored(records, step)
+    anchored = trainer.schedule.anchored([r.id for r in records], step)
     batches = trainer.mini_batches(records, rollouts, anchored, trainer.schedule.sft_strength(0.0), 0.0)
     return [sample for samples in batches for sample in samples]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from kernel_cases import Case
 
-from pact_fast.kernels import tree_attention as kernels
-from pact_fast.kernels.tree_tiles import Tile, choose_tiles
+from pact_fast.kernels.tree_attention.tiles import Tile, choose_tiles
+from pact_fast.kernels.tree_attention.triton import attention as kernels
 
 KERNELS = {
     "fwd": kernels.tree_attention_fwd_kernel,

@@ -16,7 +16,7 @@ from pact_fast import (
     pack_linear,
     pack_tree,
 )
-from pact_fast.malloc import keep_freed_memory
+from pact_fast.train.build import keep_freed_memory
 
 H100_BF16_FLOPS = 989e12  # dense, from the data sheet
 

@@ -9,8 +9,8 @@ from runner import timings
 from tree_common import Rows
 
 from pact_fast import pack_tree
-from pact_fast.kernels import tree_native
-from pact_fast.malloc import keep_freed_memory
+from pact_fast.kernels.tree_attention import native
+from pact_fast.train.build import keep_freed_memory
 
 
 def bench_packer(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
@@ -23,7 +23,7 @@ def bench_packer(seconds: float, least: int = 5) -> Iterator[list[dict[str, obje
     prompts = [draw.integers(0, 150_000, 3500) for _ in range(64)]
     sequences = [np.concatenate((x, draw.integers(0, 150_000, 1500))) for x in prompts for _ in range(32)]
     total = sum(map(len, sequences))
-    impls = ("native", "numpy") if tree_native.library() is not None else ("numpy",)
+    impls = ("native", "numpy") if native.library() is not None else ("numpy",)
     runs = {f"pact_fast/{impl}": lambda impl=impl: pack_tree(sequences, impl=impl) for impl in impls}
     keep_freed_memory()  # as a trainer on a CPU does: 150 MB a call are not faulted in again
     with at_most_cores(2):

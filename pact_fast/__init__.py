@@ -10,28 +10,35 @@ from pact_fast.ops import (
     linear_pact_loss,
     tree_attention,
 )
-from pact_fast.packing import TreePack, pack_linear, pack_tree, plan_packs
+from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.version import __version__
 
 if TYPE_CHECKING:
     from pact_fast.config import Config, load_config
-    from pact_fast.objective import anchor_mask, group_advantages, reasoning_level, tool_call_scale
-    from pact_fast.policy import Policy
-    from pact_fast.scoring import context_logprobs, sequence_logprobs
-    from pact_fast.trainer import Trainer
+    from pact_fast.objective import (
+        anchor_mask,
+        group_advantages,
+        reasoning_level,
+        tool_call_scale,
+        turn_advantages,
+    )
+    from pact_fast.train.trainer import Trainer
+    from pact_fast.tree.policy import Policy
+    from pact_fast.tree.scoring import context_logprobs, sequence_logprobs
 
 # These import transformers, which takes seconds: only when they are used.
 _LAZY = {
     "Config": "pact_fast.config",
-    "Policy": "pact_fast.policy",
-    "Trainer": "pact_fast.trainer",
+    "Policy": "pact_fast.tree.policy",
+    "Trainer": "pact_fast.train.trainer",
     "anchor_mask": "pact_fast.objective",
-    "context_logprobs": "pact_fast.scoring",
+    "context_logprobs": "pact_fast.tree.scoring",
     "group_advantages": "pact_fast.objective",
     "load_config": "pact_fast.config",
     "reasoning_level": "pact_fast.objective",
-    "sequence_logprobs": "pact_fast.scoring",
+    "sequence_logprobs": "pact_fast.tree.scoring",
     "tool_call_scale": "pact_fast.objective",
+    "turn_advantages": "pact_fast.objective",
 }
 
 __all__ = [
@@ -55,6 +62,7 @@ __all__ = [
     "sequence_logprobs",
     "tool_call_scale",
     "tree_attention",
+    "turn_advantages",
 ]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Literal, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pact_fast.objective import ADVANTAGE_MODES, NORMALIZATIONS
+from pact_fast.objective import ADVANTAGE_MODES, NORMALIZATIONS, PRESETS, ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,16 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """The environment and its own settings (checked by the environment).
-
-    train_file, validation_file, test_file: records in JSONL or parquet that replace the environment's own
-    splits.
-    """
+    """The environment and its own settings (checked by the environment)."""
 
     name: str = "toolbox"
     settings: dict[str, Any] = field(default_factory=dict)
-    train_file: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
-    skip_bad_records: bool = False
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """row_seeds: draw each rollout from a seed of its own, as several ranks and servers always do: one
-    process then samples what the same run samples on many.
+    """per_sequence_seed: draw each rollout from a seed of its own, as several ranks and servers always do:
+    one process then samples what the same run samples on many.
 
     engine: in this process, "hf" or "hf-batching" (transformers' continuous batching); "http" on `servers`,
     addresses such as http://HOST:PORT. The rest is for servers:
@@ -75,7 +66,7 @@ class RolloutConfig:
     that one request is tried for before the run stops. probe_tolerance: largest gap of a log-prob between
     trainer and server right after new weights; None: 1e-3, in half precision 0.5. mix_weights: a rollout
     under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
-    with weights one step old, which objective.engine_correction_cap corrects; the step after an evaluation or
+    with weights one step old, which objective.importance_ratio_cap corrects; the step after an evaluation or
     a checkpoint is sampled with the present ones.
     """
 
@@ -86,7 +77,7 @@ class RolloutConfig:
     max_turn_length: int = 128
     max_prompt_length: int = 1024
     batch_size: int = 256
-    row_seeds: bool = False
+    per_sequence_seed: bool = False
     engine: Literal["hf", "hf-batching", "http"] = "hf"
     servers: list[str] = field(default_factory=list)
     weights_dir: str | None = None
@@ -96,54 +87,6 @@ class RolloutConfig:
     probe_tolerance: float | None = None
     mix_weights: bool = False
     overlap: bool = False
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is optimised; every preset is a choice of these.
-
-    rl_context: context of the policy ratio: "trace" c(x,h), "prompt" x, "none" no policy term.
-    anchor_probability: q, share of prompts that use the prompt-only ratio although rl_context is "trace".
-    ratio_denominator: "context" is pi_old under the ratio's own context; "rollout" is pi_old as the tokens
-        were drawn, under x: the clip then also brakes a token that c(x,h) has already made unlikely (or
-        likely).
-    rl_start: share of the steps before which no policy term is used (sft-then-grpo).
-    sft_targets: "components" (annealed), "all" (every assistant token), "none". sft_end: share of the steps
-    after which
-        no SFT term is used. sft_weight: alpha. mu_start, mu_end: CHORD's global weight, loss (1-mu) RL + mu
-        SFT.
-    trace_observations: whether tool responses stay in the trace.
-    beta: KL penalty to the policy before training, k3 estimator, under the context of the ratio.
-    engine_correction_cap: C; every advantage is multiplied by min(pi_old(y|x) / pi_engine(y|x), C), the
-        trainer's over the engine's probability of the token as it was drawn (TIS). None: off.
-    skip_zero_advantage: rollouts whose advantage is exactly 0 leave the pass (they still count in the
-    normalisation).
-    """
-
-    rl_context: Literal["trace", "prompt", "none"] = "trace"
-    anchor_probability: float = 0.3
-    ratio_denominator: Literal["context", "rollout"] = "context"
-    rl_start: float = 0.0
-    advantages: str = "group"
-    turn_discount: float = 0.9
-    normalization: str = "token"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    dual_clip: float | None = None
-    beta: float = 0.0
-    engine_correction_cap: float | None = None
-    entropy_coef: float = 0.0
-    sft_targets: Literal["components", "all", "none"] = "components"
-    sft_weight: float = 1.0
-    sft_end: float = 1.0
-    mu_start: float | None = None
-    mu_end: float | None = None
-    reasoning_segments: int = 4
-    tool_call_start: float = 0.8
-    tool_call_end: float = 0.2
-    answer_strength: float = 0.0
-    trace_observations: bool = True
-    skip_zero_advantage: bool = True
 
 
 @dataclass(frozen=True)
@@ -238,23 +181,12 @@ class Config:
         return dataclasses.asdict(self)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "pact": {},
-    "pact-no-anchor": {"anchor_probability": 0.0},
-    "pact-no-sft": {"sft_targets": "none"},
-    "pact-no-observation": {"trace_observations": False},
-    "component-sft": {"rl_context": "none", "sft_weight": 1.0},
-    "grpo": {"rl_context": "prompt", "sft_targets": "none"},
-    "sft": {"rl_context": "none", "sft_targets": "all", "sft_weight": 1.0},
-    "sft-then-grpo": {
-        "rl_context": "prompt",
-        "sft_targets": "all",
-        "sft_weight": 1.0,
-        "rl_start": 0.5,
-        "sft_end": 0.5,
-    },
-    "chord": {"rl_context": "prompt", "sft_targets": "all", "mu_start": 0.9, "mu_end": 0.05},
-    "matchtir": {"rl_context": "prompt", "sft_targets": "none", "advantages": "turn"},
+RENAMED_KEYS = {  # old key: what it is called now
+    "objective.engine_correction_cap": "objective.importance_ratio_cap",
+    "rollout.row_seeds": "rollout.per_sequence_seed",
+    "env.train_file": "env.settings.train_path",
+    "env.validation_file": "env.settings.validation_path",
+    "env.test_file": "env.settings.test_path",
 }
 
 
@@ -339,6 +271,12 @@ def _nearest(key: str, known) -> str:
     return repr(close[0]) if close else ", ".join(sorted(known))
 
 
+def _unknown(source: str, key: str, known: Sequence[str]) -> ConfigError:
+    if key in RENAMED_KEYS:
+        return ConfigError(f"{source}: {key!r} was renamed to {RENAMED_KEYS[key]!r}")
+    return ConfigError(f"{source}: unknown key {key!r}; nearest: {_nearest(key, known)}")
+
+
 def _check_keys(values: dict[str, Any], source: str) -> None:
     known = all_keys()
     sections = {k.split(".")[0] for k in known if "." in k}
@@ -348,11 +286,9 @@ def _check_keys(values: dict[str, Any], source: str) -> None:
                 raise ConfigError(f"{source}: {key} is a section, give it keys, not {value!r}")
             for leaf in value:
                 if f"{key}.{leaf}" not in known:
-                    raise ConfigError(
-                        f"{source}: unknown key '{key}.{leaf}'; nearest: {_nearest(f'{key}.{leaf}', known)}"
-                    )
+                    raise _unknown(source, f"{key}.{leaf}", known)
         elif key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}; nearest: {_nearest(key, [*known, *sections])}")
+            raise _unknown(source, key, [*known, *sections])
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -363,7 +299,7 @@ def _check_words(words: Sequence[str]) -> None:
         key = word[2:].split("=")[0]
         # env.settings.x reaches into a free mapping that the environment itself checks.
         if key not in known and not key.startswith("env.settings."):
-            raise ConfigError(f"command line: unknown key '{key}'; nearest: {_nearest(key, known)}")
+            raise _unknown("command line", key, known)
 
 
 def _preset_of(values: dict[str, Any], words: Sequence[str]) -> str:
@@ -409,21 +345,21 @@ def _check_values(config: Config, source: str) -> None:
         ),
         (o.beta >= 0, "objective.beta", o.beta, "a coefficient >= 0"),
         (
-            o.engine_correction_cap is None or o.engine_correction_cap > 0,
-            "objective.engine_correction_cap",
-            o.engine_correction_cap,
+            o.importance_ratio_cap is None or o.importance_ratio_cap > 0,
+            "objective.importance_ratio_cap",
+            o.importance_ratio_cap,
             "a cap above 0 (2, say), or none",
         ),
         (
-            o.engine_correction_cap is None or o.ratio_denominator == "context",
-            "objective.engine_correction_cap",
-            o.engine_correction_cap,
+            o.importance_ratio_cap is None or o.ratio_denominator == "context",
+            "objective.importance_ratio_cap",
+            o.importance_ratio_cap,
             "none with ratio_denominator=rollout: that ratio has the engine's log-probs in it already",
         ),
         (
-            not r.overlap or o.engine_correction_cap is not None or o.ratio_denominator == "rollout",
-            "objective.engine_correction_cap",
-            o.engine_correction_cap,
+            not r.overlap or o.importance_ratio_cap is not None or o.ratio_denominator == "rollout",
+            "objective.importance_ratio_cap",
+            o.importance_ratio_cap,
             "a cap (2, say) with rollout.overlap, whose rollouts are drawn with weights one step old; or "
             "objective.ratio_denominator=rollout, the ratio to the log-probs they were drawn with",
         ),
@@ -464,8 +400,3 @@ def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[A
         else:
             changed[section] = (before, value)
     return changed
-
-
-def exit_with_error(error: ConfigError) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)

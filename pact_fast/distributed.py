@@ -53,7 +53,7 @@ class World:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def mine(self, items: Sequence[T]) -> list[T]:
+    def shard(self, items: Sequence[T]) -> list[T]:
         """This rank's share: every size-th item."""
         return list(items[self.rank :: self.size])
 
@@ -70,21 +70,17 @@ class World:
         return [item for share in self.gather(list(mine)) for item in share]
 
     def join(self, mine: Sequence[T]) -> list[T]:
-        """Puts shares together: the inverse of `mine`."""
+        """Puts shares together: the inverse of `shard`."""
         shares = self.gather(list(mine))
         return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
 
-    def even(self, items: Sequence[T], filler: T) -> list[T]:
+    def pad_shard(self, items: Sequence[T], filler: T) -> list[T]:
         """This rank's share, filled up so that all ranks get equally many."""
-        share = self.mine(items)
+        share = self.shard(items)
         return share + [filler] * (-(-len(items) // self.size) - len(share))
 
     def any(self, flag: bool) -> bool:
         return any(self.gather(flag))
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
     @contextmanager
     def peers(self) -> Iterator[None]:
@@ -174,7 +170,7 @@ class Sharded:
             self._root.set_requires_gradient_sync(now)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def summon_full_params(self) -> Iterator[None]:
         """Inside, every weight is whole on every rank: forwards communicate nothing, ranks need not agree."""
         if self._root is None:
             yield

@@ -56,7 +56,6 @@ METRICS: dict[str, Metric] = {
     "clip_ratio": Metric("share of policy tokens whose clipped branch is active", "share"),
     "tokens_per_second": Metric("packed tokens trained on per second of the whole step", "tokens/s"),
     "rollout_tokens_per_second": Metric("sampled tokens per second of rollout", "tokens/s"),
-    "sharing": Metric("tokens of all sequences over tokens of the packed trees", "times"),
     "mfu": Metric("model FLOP utilisation of the update", "share"),
     "memory/peak": Metric("peak memory: of the GPU, or resident size on CPU", "GiB"),
     "memory/rollout": Metric("peak of the rollouts; on CPU the resident size after them", "GiB"),
@@ -71,8 +70,10 @@ METRICS: dict[str, Metric] = {
     "pact/ppo_kl": Metric("mean of old - new log-prob; 0 on the first update after a rollout", "nats"),
     "pact/trace_logprob": Metric("mean log-prob of the trace's supervised tokens, log pi(h|x)", "nats"),
     "pact/trace_gain": Metric("mean of log pi(y|x,h) - log pi(y|x) over sampled tokens", "nats"),
-    "pact/engine_gap": Metric("mean |engine - trainer| prompt-only log-prob over sampled tokens", "nats"),
-    "pact/engine_gap_max": Metric("largest |engine - trainer| prompt-only log-prob", "nats"),
+    "pact/logprob_mismatch": Metric(
+        "mean |engine - trainer| prompt-only log-prob over sampled tokens", "nats"
+    ),
+    "pact/logprob_mismatch_max": Metric("largest |engine - trainer| prompt-only log-prob", "nats"),
     "pact/anchored": Metric("share of prompts trained with the prompt-only ratio", "share"),
     "pact/tool_call_scale": Metric("lambda: strength of tool-call tokens in the SFT term"),
     "pact/reasoning_level": Metric("L: reasoning segments still supervised", "segments"),
@@ -83,8 +84,6 @@ METRICS: dict[str, Metric] = {
     "eval/solved": Metric("share of held-out tasks solved", "share"),
     "eval/reward": Metric("mean reward on held-out tasks"),
     "eval/calls": Metric("tool calls per held-out task", "calls"),
-    "eval/turns": Metric("assistant turns per held-out task", "turns"),
-    "eval/length": Metric("sampled tokens per held-out task", "tokens"),
     "eval/tasks": Metric("held-out tasks behind the row", "tasks"),
     "eval/temperature": Metric("sampling temperature of the row (0: greedy)"),
     "eval/split": Metric("validation or test"),
@@ -98,8 +97,12 @@ METRICS |= {
 }
 PREFIXES = {
     "eval/failure/": Metric("share of held-out tasks that failed this way", "share"),
-    "eval/score/": Metric("an environment's own score, mean over held-out tasks"),
-    "failure/": Metric("share of the step's rollouts that failed this way", "share"),
+}
+
+
+RENAMED = {  # old name: what it is called now
+    "pact/engine_gap": "pact/logprob_mismatch",
+    "pact/engine_gap_max": "pact/logprob_mismatch_max",
 }
 
 
@@ -110,6 +113,8 @@ def describe(name: str) -> Metric:
     for prefix, metric in PREFIXES.items():
         if name.startswith(prefix) and len(name) > len(prefix):
             return metric
+    if name in RENAMED:
+        raise ValueError(f"metric {name!r} was renamed to {RENAMED[name]!r}")
     near = difflib.get_close_matches(name, METRICS, n=1)
     hint = f"; nearest: {near[0]!r}" if near else ""
     raise ValueError(f"unknown metric {name!r}{hint}. Names are frozen in pact_fast.metrics.METRICS")

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pact_fast.kernels.linear_logprob import linear_logprob_op
-from pact_fast.kernels.linear_pact_loss import linear_pact_loss_op
-from pact_fast.kernels.tree_plan import TreePlan, check_qkv, run, tree_plan
+from pact_fast.kernels.lm_head.logprob import linear_logprob_op
+from pact_fast.kernels.lm_head.pact_loss import linear_pact_loss_op
+from pact_fast.kernels.tree_attention.plan import TreePlan, check_qkv, run, tree_plan
 
 __all__ = [
     "PactLossOutput",

@@ -119,8 +119,8 @@ class PreparedEnv(ToolEnv, Protocol):
 REGISTRY = {
     "toolbox": "pact_fast.envs.toolbox:ToolboxEnv",
     "python": "pact_fast.envs.python_tools:PythonToolsEnv",
-    "bfcl": "pact_fast.envs.bfcl:BfclEnv",
-    "bfcl_memory": "pact_fast.envs.bfcl_memory:BfclMemoryEnv",
+    "bfcl": "pact_fast.envs.bfcl.env:BfclEnv",
+    "bfcl_memory": "pact_fast.envs.bfcl.memory:BfclMemoryEnv",
     "ftrl": "pact_fast.envs.ftrl:FtrlEnv",
     "toolhop": "pact_fast.envs.toolhop:ToolHopEnv",
 }

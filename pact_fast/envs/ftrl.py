@@ -15,6 +15,7 @@ from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record
+from pact_fast.data.traces import Call, trace_from_calls
 from pact_fast.envs.base import Outcome
 from pact_fast.envs.call_matching import match_calls
 from pact_fast.envs.python_tools import (
@@ -23,7 +24,6 @@ from pact_fast.envs.python_tools import (
     SourceEpisode,
     solve_scores,
 )
-from pact_fast.envs.traces import Call, trace_from_calls
 
 REWARDS = ("turn_f1", "solve_f1", "call_matching", "call_matching_greedy")
 STRAY_TAGS = ("<tool_call>", "</tool_call>")

@@ -20,7 +20,7 @@ from typing import Any
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import Episode, Outcome, StepResult
-from pact_fast.envs.sandbox import CallResult, Program, Sandbox, SandboxCall
+from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
 
 RENDER = """
 def render_result(name, arguments):

@@ -18,7 +18,7 @@ from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record, parse_record
 from pact_fast.envs.base import Outcome
 from pact_fast.envs.python_tools import PythonToolsEnv, PythonToolsSettings, SourceEpisode, matches
-from pact_fast.envs.sandbox import Program, SandboxCall
+from pact_fast.envs.sandbox.sandbox import Program, SandboxCall
 
 FORMAT = (
     "Write dates as YYYY-MM-DD, names as first name then last name, and numbers in digits alone. "

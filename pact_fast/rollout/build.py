@@ -8,11 +8,11 @@ from typing import Any
 
 from pact_fast.config import ConfigError, RolloutConfig
 from pact_fast.distributed import Sharded
-from pact_fast.rollout.batching import BatchingEngine
 from pact_fast.rollout.engine import Engine
-from pact_fast.rollout.hf import HFEngine
-from pact_fast.rollout.http import HTTPEngine
-from pact_fast.rollout.publish import Publisher
+from pact_fast.rollout.http.engine import HTTPEngine
+from pact_fast.rollout.http.publish import Publisher
+from pact_fast.rollout.in_process.batching import BatchingEngine
+from pact_fast.rollout.in_process.hf import HFEngine
 
 TOKEN = "PACT_FAST_TOKEN"  # environment variable: config.json of a run is no place for a secret
 
@@ -29,10 +29,10 @@ def build_engine(config: RolloutConfig, model: Any, sharded: Sharded, run_dir: P
     if config.engine == "hf":
         return HFEngine(model)
     if config.engine == "hf-batching":
-        if config.row_seeds or sharded.world.size > 1:
+        if config.per_sequence_seed or sharded.world.size > 1:
             raise ConfigError(
                 "rollout.engine=hf-batching cannot draw each rollout from a seed of its own, which "
-                "rollout.row_seeds and several ranks need: choose hf or http"
+                "rollout.per_sequence_seed and several ranks need: choose hf or http"
             )
         return BatchingEngine(model)
     folder = Path(config.weights_dir) if config.weights_dir else run_dir / "weights"

@@ -46,7 +46,7 @@ class Engine(Protocol):
         """
         ...
 
-    row_seeds: bool  # whether every row must be drawn from a seed of its own
+    per_sequence_seed: bool  # whether every row must be drawn from a seed of its own
     in_process: bool  # whether it samples with this process's model, whose weights must then be whole
 
     def reset(self) -> None:

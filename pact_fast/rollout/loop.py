@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pact_fast.data.chat import ChatFormat, Component, Tokens
+from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
 from pact_fast.envs.base import Outcome, ToolEnv
 from pact_fast.rollout.engine import Engine
@@ -49,7 +49,6 @@ class Rollout:
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
-    components: list[int] = field(default_factory=list)
     turn_rewards: list[float] = field(default_factory=list)
     outcome: Outcome | None = None
     truncated: str | None = None
@@ -59,17 +58,16 @@ class Rollout:
         return sum(self.sampled)
 
     def add_sampled(self, ids: Sequence[int], logprobs: Sequence[float], turn: int) -> None:
-        self._add(ids, True, logprobs, turn, [Component.CONTEXT] * len(ids))
+        self._add(ids, True, logprobs, turn)
 
     def add_context(self, tokens: Tokens, turn: int) -> None:
-        self._add(tokens.ids, False, [0.0] * len(tokens), turn, tokens.components)
+        self._add(tokens.ids, False, [0.0] * len(tokens), turn)
 
-    def _add(self, ids, sampled, logprobs, turn, components) -> None:
+    def _add(self, ids, sampled, logprobs, turn) -> None:
         self.token_ids.extend(ids)
         self.sampled.extend([sampled] * len(ids))
         self.logprobs.extend(logprobs)
         self.turns.extend([turn] * len(ids))
-        self.components.extend(int(c) for c in components)
 
 
 def collect_rollouts(

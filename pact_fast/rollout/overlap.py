@@ -5,7 +5,7 @@
 
 So rollouts are one step old when they are trained, and never of two versions: weights are published between
 two batches of rollouts. Before an evaluation or a checkpoint nothing is sampled ahead; the step after it is
-sampled on the spot, with the present weights, in every run alike. A run that is stopped elsewhere notes the
+sampled on the spot, with the current weights, in every run alike. A run that is stopped elsewhere notes the
 version behind the rollouts under way, whose folder stays: they are sampled from it again after a resume.
 
 Left out on purpose: more than one step ahead, and engines that share the weights with the trainer.
@@ -21,12 +21,12 @@ from concurrent.futures import Future, wait
 from pact_fast.config import Config, ConfigError
 from pact_fast.distributed import World
 from pact_fast.rollout.engine import Engine
-from pact_fast.rollout.http import HTTPEngine
+from pact_fast.rollout.http.engine import HTTPEngine
+from pact_fast.rollout.http.publish import Publisher
 from pact_fast.rollout.loop import Rollout
-from pact_fast.rollout.publish import Publisher
 from pact_fast.rollout.spread import join_shares
 
-PATIENCE = 5.0  # seconds for a tool that is running when sampling is given up
+GIVE_UP_TIMEOUT_S = 5.0  # seconds for a tool that is running when sampling is given up
 
 Share = Callable[[], list[Rollout]]
 
@@ -58,7 +58,7 @@ class Overlap:
         self._parts = engine, engine.publisher
 
     def start(self, step: int) -> None:
-        """Publishes the present weights and begins a step's rollouts, where these are to be sampled ahead."""
+        """Publishes the current weights and begins a step's rollouts, where these are to be sampled ahead."""
         if self._parts is None or not self._due(step):
             return
         engine, publisher = self._parts
@@ -86,7 +86,7 @@ class Overlap:
         """Gives up what is under way; `take` samples it again, from the same weights."""
         if self._parts is not None and self._sampling is not None:
             self._parts[0].interrupt()
-            wait([self._sampling], timeout=PATIENCE)
+            wait([self._sampling], timeout=GIVE_UP_TIMEOUT_S)
             self._sampling = None
 
     def restore(self, step: int, version: str | None) -> None:

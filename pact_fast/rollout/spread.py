@@ -22,7 +22,7 @@ def spread_rollouts(
     records: Sequence[Record],
     **options: Any,
 ) -> list[Rollout]:
-    """`collect_rollouts` with the present weights, a share of the records a rank; all rollouts, in order,
+    """`collect_rollouts` with the current weights, a share of the records a rank; all rollouts, in order,
     come back on every one. Options as those of `sample_share`.
 
     RolloutError on every rank where one of them has no rollouts.
@@ -30,7 +30,7 @@ def spread_rollouts(
     engine.prepare()
 
     def share() -> list[Rollout]:
-        with sharded.whole() if engine.in_process else nullcontext():
+        with sharded.summon_full_params() if engine.in_process else nullcontext():
             return sample_share(sharded.world, engine, env, chat, records, **options)
 
     return join_shares(sharded.world, share, options["num_generations"])
@@ -44,21 +44,21 @@ def sample_share(
     records: Sequence[Record],
     *,
     prompts: Sequence[Tokens],
-    row_seeds: bool = False,
+    per_sequence_seed: bool = False,
     **options: Any,
 ) -> list[Rollout]:
     """`collect_rollouts` of this rank's share of the records; exchanges nothing with other ranks.
 
-    row_seeds: draw in one process as several ranks do, each rollout from a seed of its own.
+    per_sequence_seed: draw in one process as several ranks do, each rollout from a seed of its own.
     """
-    keyed = world.distributed or row_seeds or engine.row_seeds
+    keyed = world.distributed or per_sequence_seed or engine.per_sequence_seed
     return collect_rollouts(
         engine,
         env,
         chat,
-        world.mine(records),
-        prompts=world.mine(prompts),
-        keys=world.mine(range(len(records))) if keyed else None,
+        world.shard(records),
+        prompts=world.shard(prompts),
+        keys=world.shard(range(len(records))) if keyed else None,
         **options,
     )
 

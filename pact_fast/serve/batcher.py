@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pact_fast.rollout.decode import decodes
+from pact_fast.rollout.in_process.decode import decodes
 from pact_fast.serve.cache import PrefixStore, Slots
 
 DRAWS = 32  # uniform numbers made at a time for a row
 PREFILL = 4096  # padded tokens of one prefill; a longer prompt goes alone, in pieces of this length
 
 
-class NotNow(RuntimeError):
+class ServerBusy(RuntimeError):
     """The server is paused or full: the request may be sent again later."""
 
 
@@ -107,12 +107,12 @@ class Batcher:
         return self._paused
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Puts jobs in line, all or none. Raises NotNow while paused or where the line is full."""
+        """Puts jobs in line, all or none. Raises ServerBusy while paused or where the line is full."""
         with self._state:
             if self._paused:
-                raise NotNow("paused for a change of weights")
+                raise ServerBusy("paused for a change of weights")
             if len(self._waiting) + len(jobs) > self.max_waiting:
-                raise NotNow(f"{len(self._waiting)} requests are waiting")
+                raise ServerBusy(f"{len(self._waiting)} requests are waiting")
             self._waiting.extend(jobs)
             self._state.notify_all()
 
@@ -145,7 +145,7 @@ class Batcher:
         """The model, to be changed while no step runs; only while paused."""
         with self._model_lock:
             if not self._paused:
-                raise NotNow("weights change only while paused: POST /pause first")
+                raise ServerBusy("weights change only while paused: POST /pause first")
             yield self.model
             self._prefixes.clear()
             self._slots.lean = decodes(self.model)

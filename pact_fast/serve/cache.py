@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pact_fast.rollout.decode import decode_step
+from pact_fast.rollout.in_process.decode import decode_step
 
 PLACES = 128  # added at a time, so that buffers are rarely copied
 BLOCK = 16  # tokens; stored prefixes are found by their whole blocks

@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from transformers import PreTrainedModel
 
-from pact_fast.serve.batcher import Batcher, Job, NotNow
+from pact_fast.serve.batcher import Batcher, Job, ServerBusy
 from pact_fast.serve.protocol import BadRequest, answer_of, jobs_of
 from pact_fast.serve.weights import WeightsRefused, reload_weights
 
@@ -149,7 +149,7 @@ STATUS: list[tuple[type[Exception], int]] = [
     (BadRequest, 400),
     (WeightsRefused, 400),
     (PermissionError, 403),
-    (NotNow, 503),
+    (ServerBusy, 503),
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pact_fast import bench_cli
+from pact_fast.commands import bench as bench_cli
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

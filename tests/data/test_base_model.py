@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 from pact_fast.data.chat import ChatFormat, Component
 from pact_fast.envs.base import make_env
 from pact_fast.envs.toolbox import base_records
-from pact_fast.models import base_model_path
-from pact_fast.models.induction import write_induction_circuit
-from pact_fast.models.toolbox_base import (
+from pact_fast.envs.toolbox.base_model import base_model_path
+from pact_fast.envs.toolbox.base_model.induction import write_induction_circuit
+from pact_fast.envs.toolbox.base_model.recipe import (
     Recipe,
     batch_loss,
     batches,

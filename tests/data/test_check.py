@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from pact_fast.commands.data import coloured, encode, main
 from pact_fast.data.chat import ChatFormat, Component
-from pact_fast.data.check import coloured, encode, main
 from pact_fast.data.records import load_records
 from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 

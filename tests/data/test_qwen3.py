@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from pact_fast.data.chat import ChatFormat, Component
+from pact_fast.data.traces import trace_from_calls
 from pact_fast.envs.base import make_env
-from pact_fast.envs.traces import trace_from_calls
 from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 from tests.envs.env_helpers import own_ftrl_file, shared_file
 

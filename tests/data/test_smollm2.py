@@ -18,9 +18,9 @@ from pact_fast.cli import main
 from pact_fast.config import load_config
 from pact_fast.data.chat import ChatFormat
 from pact_fast.envs.base import make_env
-from pact_fast.rollout.hf import HFEngine
+from pact_fast.rollout.in_process.hf import HFEngine
 from pact_fast.rollout.loop import RolloutLimits, collect_rollouts
-from pact_fast.trainer import Trainer
+from pact_fast.train.trainer import Trainer
 from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 from tests.envs.env_helpers import own_ftrl_file, shared_file
 
@@ -127,6 +127,14 @@ def test_one_pact_step_of_the_recipe_starts_on_policy_and_changes_the_weights(fo
     assert abs(row["pact/ppo_kl"]) < 1e-6
     assert row["clip_ratio"] == 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    names = ("loss", "policy_loss", "sft_loss", "grad_norm", "num_tokens", "pact/ppo_kl", "pact/engine_gap")
+    names = (
+        "loss",
+        "policy_loss",
+        "sft_loss",
+        "grad_norm",
+        "num_tokens",
+        "pact/ppo_kl",
+        "pact/logprob_mismatch",
+    )
     told = ", ".join(f"{name} {row[name]:.4g}" for name in names if name in row)
     print(f"\none PACT step: {told}, {time.perf_counter() - start:.0f} s, peak memory {peak:.1f} GiB")

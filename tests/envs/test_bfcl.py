@@ -8,7 +8,7 @@ from env_helpers import calls, says
 
 from pact_fast.data.records import parse_record
 from pact_fast.envs import make_env
-from pact_fast.envs.bfcl import BfclEpisode, json_schema, read_jsonl
+from pact_fast.envs.bfcl.env import BfclEpisode, json_schema, read_jsonl
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23 mpmath")
 ALL = ["base", "miss_func", "miss_param", "long_context"]

@@ -6,7 +6,7 @@ import pytest
 from env_helpers import calls, play, says
 
 from pact_fast.envs import make_env
-from pact_fast.envs.bfcl_memory import ENTRIES, ENTRY_LENGTH, SCENARIOS
+from pact_fast.envs.bfcl.memory import ENTRIES, ENTRY_LENGTH, SCENARIOS
 from pact_fast.envs.replay import replay_traces
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23 mpmath")
@@ -53,7 +53,7 @@ def test_answers_are_judged_by_the_last_message_as_the_package_judges_them(verba
 
 def test_calls_answer_as_the_packages_own_class_does(verbatim):
     """The real class, imported here as the worker imports it, made the same calls."""
-    from pact_fast.envs import bfcl_worker
+    from pact_fast.envs.bfcl import worker as bfcl_worker
 
     record = verbatim.records("train")[0]
     made = [

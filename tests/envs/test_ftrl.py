@@ -13,7 +13,7 @@ from pact_fast.data.records import Record, load_records
 from pact_fast.envs import make_env
 from pact_fast.envs.call_matching import match_calls, similarity
 from pact_fast.envs.python_tools import matches
-from pact_fast.envs.sandbox import Program, SandboxCall
+from pact_fast.envs.sandbox.sandbox import Program, SandboxCall
 
 
 @pytest.fixture(scope="module", params=["own", "published"])

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from pact_fast.envs.sandbox import Program, Sandbox, SandboxCall
+from pact_fast.envs.sandbox.sandbox import Program, Sandbox, SandboxCall
 
 
 def program(body, **options):
@@ -214,7 +214,7 @@ def test_ten_thousand_calls_at_a_thousand_a_second_without_leak():
 
 def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
     code = (
-        "import sys, time\nfrom pact_fast.envs.sandbox import *\n"
+        "import sys, time\nfrom pact_fast.envs.sandbox.sandbox import *\n"
         "s = Sandbox(time_limit=60); s.run([SandboxCall(Program('def f(): return 1'), 'f', {})])\n"
         "print(s.workers[0].process.pid, flush=True)\n"
         "s.run([SandboxCall(Program('import time\\ndef f(): time.sleep(60)'), 'f', {})])\n"
@@ -231,7 +231,7 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
 
 
 def test_the_doctor_names_every_protection_and_what_its_lack_costs():
-    from pact_fast.doctor import examine
+    from pact_fast.commands.doctor import examine
 
     findings = {f.name: f for f in examine() if f.area == "sandbox"}
     with Sandbox() as sandbox:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pact_fast.envs.sandbox import Program, Sandbox, SandboxCall
+from pact_fast.envs.sandbox.sandbox import Program, Sandbox, SandboxCall
 
 REPEATS = int(os.environ.get("PACT_FAULTS", "4"))
 

@@ -6,8 +6,8 @@ from head_oracle import problem
 from torch.library import opcheck
 
 from pact_fast import linear_logprob, linear_pact_loss
-from pact_fast.kernels.linear_logprob import linear_logprob_op
-from pact_fast.kernels.linear_pact_loss import linear_pact_loss_op
+from pact_fast.kernels.lm_head.logprob import linear_logprob_op
+from pact_fast.kernels.lm_head.pact_loss import linear_pact_loss_op
 
 
 def single_precision(setting):

@@ -5,13 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
-from pact_fast.kernels import linear_logprob as logprob_driver
-from pact_fast.kernels import linear_pact_loss as loss_driver
-from pact_fast.kernels import logits_rows_cuda
+from pact_fast.kernels.lm_head import logprob as logprob_driver
+from pact_fast.kernels.lm_head import pact_loss as loss_driver
+from pact_fast.kernels.lm_head import rows_cuda
 
 pytestmark = pytest.mark.gpu
 V = 151_936
-CUDA_BUILT = logits_rows_cuda.library_path() is not None
+CUDA_BUILT = rows_cuda.library_path() is not None
 IMPLS = [
     "triton",
     pytest.param("cuda", marks=pytest.mark.skipif(not CUDA_BUILT, reason="liblogits_rows.so was not built")),

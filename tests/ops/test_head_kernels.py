@@ -10,8 +10,8 @@ import torch
 from head_oracle import SETTINGS, H, problem, run
 
 from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
-from pact_fast.kernels import linear_logprob as logprob_driver
-from pact_fast.kernels import linear_pact_loss as loss_driver
+from pact_fast.kernels.lm_head import logprob as logprob_driver
+from pact_fast.kernels.lm_head import pact_loss as loss_driver
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,7 +230,7 @@ def test_strided_inputs():
 
 def test_head_dim_beyond_one_tile_of_the_row_sum():
     """Rows that share a hidden row are summed over every column tile, and unused hidden rows get 0."""
-    from pact_fast.kernels import gradient_rows
+    from pact_fast.kernels.lm_head import gradient_rows
 
     index = torch.tensor([5, 0, 5, 5, 2], device=DEVICE)
     rows = torch.randn(5, gradient_rows.BLOCK_H + 7, device=DEVICE)
@@ -240,7 +240,7 @@ def test_head_dim_beyond_one_tile_of_the_row_sum():
 
 
 def test_scaling_in_place():
-    from pact_fast.kernels import gradient_rows
+    from pact_fast.kernels.lm_head import gradient_rows
 
     x = torch.randn(3, 2001, device=DEVICE)
     for factor in (1.0, 0.5, 0.0):

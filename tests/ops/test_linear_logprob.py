@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pact_fast import linear_logprob
-from pact_fast.kernels.reference import linear_logprob as reference
+from pact_fast.kernels.lm_head import reference
 
 HEADS = {
     "plain": {},

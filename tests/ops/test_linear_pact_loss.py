@@ -4,7 +4,7 @@ import torch
 from head_oracle import SETTINGS, R, T, problem, run
 
 from pact_fast import linear_cross_entropy, linear_pact_loss
-from pact_fast.kernels.reference import linear_logprob as chunking
+from pact_fast.kernels.lm_head import reference as chunking
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -5,9 +5,9 @@ import torch
 from serve_helpers import base_model, served, url_of
 
 from pact_fast.distributed import Sharded, World
-from pact_fast.models import base_model_path
-from pact_fast.rollout.http import HTTPEngine
-from pact_fast.rollout.publish import Publisher
+from pact_fast.envs.toolbox.base_model import base_model_path
+from pact_fast.rollout.http.engine import HTTPEngine
+from pact_fast.rollout.http.publish import Publisher
 
 
 @pytest.fixture(scope="module")

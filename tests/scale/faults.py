@@ -26,9 +26,9 @@ from ranks import start_ranks, wait_for
 from scale_runs import config, curve, same_weights, tiny_model, weights, words
 
 from pact_fast import cli
-from pact_fast.checkpoint import Checkpointer
 from pact_fast.metrics import read_metrics
-from pact_fast.trainer import Trainer
+from pact_fast.train.checkpoint import Checkpointer
+from pact_fast.train.trainer import Trainer
 
 torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
 PHASES = ("rollout", "update", "checkpoint")
@@ -306,7 +306,7 @@ class Scenarios:
             run_dir, rng = self.root / f"tools-{attempt}", random.Random(RNG.random())
 
             def before(rng=rng):
-                from pact_fast.envs.sandbox import Sandbox
+                from pact_fast.envs.sandbox.sandbox import Sandbox
 
                 real = Sandbox.run
 

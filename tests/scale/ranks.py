@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from scale_runs import config
 
-from pact_fast.trainer import Trainer
+from pact_fast.train.trainer import Trainer
 
 
 def rank(job, number, port):

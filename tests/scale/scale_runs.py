@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from pact_fast.config import load_config
+from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.metrics import read_metrics
-from pact_fast.models import base_model_path
 
 SMALL = {
     "train.max_steps": 6,

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pact_fast.models import base_model_path
-from pact_fast.scoring import sequence_logprobs
+from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.serve.server import Server, Service, serve_in_thread
+from pact_fast.tree.scoring import sequence_logprobs
 
 ROOT = Path(__file__).parent.parent.parent
 

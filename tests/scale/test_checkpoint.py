@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pact_fast import checkpoint as module
-from pact_fast.checkpoint import Checkpointer, CheckpointError, verify
+from pact_fast.train import checkpoint as module
+from pact_fast.train.checkpoint import Checkpointer, CheckpointError, verify
 
 
 class Tied(nn.Module):
@@ -258,7 +258,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import make, train
-from pact_fast.checkpoint import Checkpointer
+from pact_fast.train.checkpoint import Checkpointer
 
 def writer(folder, steps=10_000):
     model, optimizer = make()

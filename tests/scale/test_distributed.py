@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from scale_runs import adapters, curve, same_weights, tiny_model, weights
 from transformers import AutoModelForCausalLM
 
+from pact_fast.commands.export import export
 from pact_fast.distributed import World
-from pact_fast.export import export
 
 HERE = Path(__file__).parent
 # Small packs: several an update, and on two ranks an odd number now and then.
 TOTAL = int(os.environ.get("PACT_SCALE_STEPS", "6"))  # the figures of docs/scaling.md are of 20
 SHORT = {"train__max_steps": TOTAL, "train__token_budget": 900, "eval__every": 0, "eval__validation_tasks": 1}
-SHORT["rollout__row_seeds"] = True  # one process draws as several do
+SHORT["rollout__per_sequence_seed"] = True  # one process draws as several do
 SHORT["objective__beta"] = 0.05  # a reference model, sharded as the policy is
 STEPS = {"checkpoint__every": 1, "checkpoint__keep_last": 20}
 LORA = {
@@ -145,7 +145,7 @@ def test_bf16_compute_trains_fp32_masters(jobs):
     assert {t.dtype for t in trained.values()} == {torch.float32}
     assert max(float((trained[name] - start[name]).abs().max()) for name in start) > 1e-4
     row = curve(jobs["bf16, offloaded"][1])[0]
-    assert row["pact/engine_gap"] < 0.05
+    assert row["pact/logprob_mismatch"] < 0.05
 
 
 @pytest.mark.parametrize("name", ["two", "lora two finish"])
@@ -164,11 +164,13 @@ def test_a_run_of_two_ranks_exports_to_a_plain_folder(jobs, name, tmp_path):
 def test_shares_cover_everything_once_and_even_ones_are_as_long():
     items = list(range(7))
     worlds = [World(rank, 3) for rank in range(3)]
-    assert sorted(i for w in worlds for i in w.mine(items)) == items
-    assert [w.even(items, -1) for w in worlds] == [[0, 3, 6], [1, 4, -1], [2, 5, -1]]
-    assert [w.even([], -1) for w in worlds] == [[], [], []]
+    assert sorted(i for w in worlds for i in w.shard(items)) == items
+    assert [w.pad_shard(items, -1) for w in worlds] == [[0, 3, 6], [1, 4, -1], [2, 5, -1]]
+    assert [w.pad_shard([], -1) for w in worlds] == [[], [], []]
     alone = World()
-    assert alone.mine(items) == alone.join(items) == alone.concat(items) == alone.even(items, -1) == items
+    assert (
+        alone.shard(items) == alone.join(items) == alone.concat(items) == alone.pad_shard(items, -1) == items
+    )
     assert alone.any(True)
     assert not alone.any(False)
 
@@ -177,7 +179,7 @@ def test_options_of_several_processes_are_refused_in_one(tmp_path):
     from scale_runs import config
 
     from pact_fast.config import ConfigError
-    from pact_fast.trainer import Trainer
+    from pact_fast.train.trainer import Trainer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

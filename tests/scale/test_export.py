@@ -3,11 +3,11 @@ import torch
 from scale_runs import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pact_fast import export as module
-from pact_fast.checkpoint import CheckpointError
+from pact_fast.commands import export as module
+from pact_fast.commands.export import export
 from pact_fast.config import load_config
-from pact_fast.export import export
-from pact_fast.trainer import Trainer
+from pact_fast.train.checkpoint import CheckpointError
+from pact_fast.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from scale_runs import adapters, config, curve, same_weights
 from transformers import AutoModelForCausalLM
 
-from pact_fast.checkpoint import Checkpointer
-from pact_fast.export import export
-from pact_fast.trainer import Trainer
+from pact_fast.commands.export import export
+from pact_fast.train.checkpoint import Checkpointer
+from pact_fast.train.trainer import Trainer
 
 pytest.importorskip("peft", reason="the lora extra is not installed")
 

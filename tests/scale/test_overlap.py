@@ -21,11 +21,11 @@ from serve_helpers import Misbehaving, ServerProcess, restart_after
 
 from pact_fast.config import ConfigError, load_config
 from pact_fast.metrics import read_metrics
-from pact_fast.preemption import Preempted
 from pact_fast.rollout import RolloutError
-from pact_fast.scoring import sequence_logprobs
-from pact_fast.step_metrics import update_metrics
-from pact_fast.trainer import Trainer
+from pact_fast.train.preemption import Preempted
+from pact_fast.train.step_metrics import update_metrics
+from pact_fast.train.trainer import Trainer
+from pact_fast.tree.scoring import sequence_logprobs
 
 REPEATS = int(os.environ.get("PACT_FAULTS", "3"))
 CAP = 1.05
@@ -37,7 +37,7 @@ CHANGES = {
     "checkpoint__keep_last": 9,
     "rollout__engine": "http",
     "rollout__overlap": True,
-    "objective__engine_correction_cap": CAP,
+    "objective__importance_ratio_cap": CAP,
 }
 # Two updates a step. Steps 3 and 6 follow an evaluation, step 5 a checkpoint.
 STALENESS = [0, 2, 2, 0, 2, 0, 0]
@@ -58,9 +58,9 @@ def server(root):
 def make(run_dir, *urls, **changes):
     trainer = Trainer(config(run_dir, rollout__servers=list(urls), **(CHANGES | changes)))
 
-    def advantages(rollouts, group):
+    def advantages(rewards, turn_rewards, group):
         """An untrained model solves nothing: without these no advantage would differ from 0."""
-        return [torch.full((len(r.turn_rewards),), 1.0 - i % group) for i, r in enumerate(rollouts)]
+        return [torch.full((len(turns),), 1.0 - i % group) for i, turns in enumerate(turn_rewards)]
 
     trainer.schedule.advantages = advantages
     return trainer
@@ -153,7 +153,7 @@ def test_rollouts_are_of_the_weights_one_step_before_but_after_a_score_or_a_chec
         own, before = (gap(watched.models[s], watched.rollouts[step]) for s in (step, max(step - 1, 0)))
         assert (before if stale else own) < 1e-4
         assert not stale or own > 1e-3
-    gaps = [row["pact/engine_gap_max"] for row in rows]
+    gaps = [row["pact/logprob_mismatch_max"] for row in rows]
     assert all((value > 1e-3) == (stale > 0) for value, stale in zip(gaps, STALENESS, strict=True))
 
 
@@ -181,7 +181,7 @@ def test_the_correction_weighs_what_older_weights_drew(watched, undisturbed):
         assert (float((weight - 1).abs().max()) > 1e-3) == (stale > 0)
         assert (abs(rows[step]["pact/is_correction"] - 1) > 1e-5) == (stale > 0)
         first = watched.first_updates[step]
-        assert abs(first["pact/ppo_kl"]) < 1e-6, "the ratio's old log-probs are those of the present weights"
+        assert abs(first["pact/ppo_kl"]) < 1e-6, "the ratio's old log-probs are those of the current weights"
         assert first["clip_ratio"] == 0
 
 
@@ -348,11 +348,11 @@ def test_kill_9_of_a_server_at_random_moments_loses_nothing(root, server, undist
 
 
 def test_what_cannot_be_is_refused_with_the_way_out(tmp_path):
-    ahead = {"rollout__overlap": True, "objective__engine_correction_cap": 2.0}
+    ahead = {"rollout__overlap": True, "objective__importance_ratio_cap": 2.0}
     with pytest.raises(ConfigError, match=r"rollout.overlap=true needs rollout.engine=http, not 'hf'"):
         Trainer(config(tmp_path / "run", **ahead))
     words = ["--rollout.overlap", "true", "--rollout.engine", "http", "--rollout.servers", "[http://x:1]"]
-    with pytest.raises(ConfigError, match=r"engine_correction_cap=None .*ratio_denominator=rollout"):
+    with pytest.raises(ConfigError, match=r"importance_ratio_cap=None .*ratio_denominator=rollout"):
         load_config(None, words)
     assert load_config(None, [*words, "--objective.ratio_denominator", "rollout"]).rollout.overlap
 

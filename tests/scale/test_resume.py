@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from scale_runs import config, curve, same_weights, weights, words
 
-from pact_fast.checkpoint import Checkpointer
-from pact_fast.preemption import Preempted, StopSignal
-from pact_fast.trainer import Trainer
+from pact_fast.train.checkpoint import Checkpointer
+from pact_fast.train.preemption import Preempted, StopSignal
+from pact_fast.train.trainer import Trainer
 
 HERE = Path(__file__).parent
 

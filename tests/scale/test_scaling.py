@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pact_fast.packing import pack_tree
-from pact_fast.policy import Policy
-from pact_fast.scaling import GIB, QWEN3, Shape, memory, state_bytes, traffic
+from pact_fast.train.memory import GIB, QWEN3, Shape, memory, state_bytes, traffic
+from pact_fast.tree.packing import pack_tree
+from pact_fast.tree.policy import Policy
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "scaling.md"
 

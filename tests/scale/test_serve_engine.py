@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from pact_fast.data.chat import ChatFormat
 from pact_fast.distributed import Sharded, World
 from pact_fast.envs.base import make_env
-from pact_fast.models import base_model_path
+from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout import RolloutError
-from pact_fast.rollout.publish import merged, write_weights
+from pact_fast.rollout.http.publish import merged, write_weights
 
 # Random ids, far from what a model was taught, cost fp32 some digits: one row in thousands is 2e-4 off there.
 REQUESTS = int(os.environ.get("PACT_FAST_SERVE_REQUESTS", "1000"))

@@ -16,7 +16,7 @@ from scale_runs import config, curve, same_weights, tiny_model, weights, words
 from serve_helpers import ROOT, Misbehaving, ServerProcess, restart_after, spoil
 
 from pact_fast.rollout import RolloutError
-from pact_fast.trainer import Trainer
+from pact_fast.train.trainer import Trainer
 
 REPEATS = int(os.environ.get("PACT_FAULTS", "3"))
 SHORT = {"train__max_steps": 4, "eval__every": 2, "rollout__engine": "http", "rollout__retry_timeout": 120}
@@ -56,7 +56,7 @@ def undisturbed(root, server):
 
 def same(run_dir, undisturbed):
     assert same_weights(weights(run_dir), weights(undisturbed))
-    gauges = ("pact/engine_gap", "pact/engine_gap_max")  # the last bits of fp32 scores by packs
+    gauges = ("pact/logprob_mismatch", "pact/logprob_mismatch_max")  # the last bits of fp32 scores by packs
     for ours, theirs in zip(curve(run_dir), curve(undisturbed), strict=True):
         assert {k: v for k, v in ours.items() if k not in gauges} == {
             k: v for k, v in theirs.items() if k not in gauges
@@ -65,14 +65,18 @@ def same(run_dir, undisturbed):
 
 def test_rollouts_from_a_server_train_to_the_weights_of_rollouts_in_process(root, undisturbed):
     run_dir = root / "in-process"
-    trainer = Trainer(config(run_dir, **(SHORT | {"rollout__engine": "hf", "rollout__row_seeds": True})))
+    trainer = Trainer(
+        config(run_dir, **(SHORT | {"rollout__engine": "hf", "rollout__per_sequence_seed": True}))
+    )
     trainer.train()
     trainer.env.close()
     ours, theirs = weights(run_dir), weights(undisturbed)
     worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     print(f"hf against http: largest difference of a weight {worst:.1e}")
     assert worst < 1e-5
-    gaps = [row["pact/engine_gap_max"] for row in curve(undisturbed) if "pact/engine_gap_max" in row]
+    gaps = [
+        row["pact/logprob_mismatch_max"] for row in curve(undisturbed) if "pact/logprob_mismatch_max" in row
+    ]
     assert gaps
     assert max(gaps) < 1e-4
 

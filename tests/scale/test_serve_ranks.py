@@ -24,7 +24,7 @@ CHANGES = {
     "rollout__engine": "http",
     "checkpoint__every": 0,
 }
-AHEAD = CHANGES | {"rollout__overlap": True, "objective__engine_correction_cap": 2.0}
+AHEAD = CHANGES | {"rollout__overlap": True, "objective__importance_ratio_cap": 2.0}
 
 LORA = {"lora__rank": 4, "train__learning_rate": 0.01, "train__max_steps": 3}
 HALF = {"distributed__compute_dtype": "bfloat16", "train__max_steps": 2}
@@ -95,7 +95,7 @@ def test_adapters_on_two_ranks_and_a_server_train_to_those_of_one_process(runs):
 
 
 def test_ranks_that_compute_in_bf16_take_a_server_for_what_it_is(runs):
-    gaps = [row["pact/engine_gap_max"] for row in curve(runs["two in bf16"]) if "loss" in row]
+    gaps = [row["pact/logprob_mismatch_max"] for row in curve(runs["two in bf16"]) if "loss" in row]
     assert 1e-3 < gaps[0] < 0.5
 
 

@@ -8,11 +8,11 @@ from scale_runs import config, curve, same_weights, tiny_model, weights
 from transformers import AutoModelForCausalLM
 
 from pact_fast.config import ConfigError
-from pact_fast.optimizer import AdamWBF16
-from pact_fast.packing import pack_tree
-from pact_fast.phases import Phases, peak_flops, update_flops
-from pact_fast.policy import Policy
-from pact_fast.trainer import Trainer
+from pact_fast.train.optimizer import AdamWBF16
+from pact_fast.train.step_metrics import Phases, peak_flops, update_flops
+from pact_fast.train.trainer import Trainer
+from pact_fast.tree.packing import pack_tree
+from pact_fast.tree.policy import Policy
 
 BRIEF = {"train__max_steps": 2, "eval__every": 0, "checkpoint__every": 1, "eval__validation_tasks": 1}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scale_runs import config, weights, words
 
-from pact_fast.trainer import Trainer
+from pact_fast.train.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = int(os.environ.get("PACT_SCALE_STEPS", "4"))
@@ -33,7 +33,7 @@ def torchrun(run_dir, *more):
 
 @pytest.mark.timeout(3 * LIMIT)
 def test_torchrun_trains_to_the_weights_of_one_process_also_when_stopped_and_resumed(tmp_path):
-    one = Trainer(config(tmp_path / "one", rollout__row_seeds=True, **CHANGES))
+    one = Trainer(config(tmp_path / "one", rollout__per_sequence_seed=True, **CHANGES))
     one.train()
     one.env.close()
 

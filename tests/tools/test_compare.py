@@ -12,9 +12,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pact_fast import compare as module
-from pact_fast.compare import choose, compare, execute, load_plan, score_runs, tune_runs
-from pact_fast.stats import paired_difference
+from pact_fast.commands.compare import main
+from pact_fast.evaluation.stats import paired_difference
+from pact_fast.evaluation.sweep import choose, compare, execute, load_plan, score_runs, tune_runs
 
 # Takes the trainer's words and writes its summary.json: what is tested here is who runs when, and on what.
 STAND_IN = """
@@ -181,19 +181,19 @@ def test_the_run_phase_without_tuned_values_says_what_to_do(tmp_path):
 
 def test_dry_run_prints_commands_and_runs_nothing(tmp_path, capsys):
     write_plan(tmp_path)
-    assert module.main([str(tmp_path / "plan.yaml"), "--dry-run"]) == 0
+    assert main([str(tmp_path / "plan.yaml"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert all("-m pact_fast.cli train toolbox.yaml --preset" in line for line in lines)
     assert not (tmp_path / "out").exists()
-    assert module.main([str(tmp_path / "absent.yaml")]) == 1
+    assert main([str(tmp_path / "absent.yaml")]) == 1
 
 
 def test_sigterm_stops_the_runs_with_it(tmp_path, command):
     plan = write_plan(tmp_path, tune=None, settings={"default": {}}, overrides={"sleep": 60})
     code = (
-        "import sys; from pact_fast import compare as m; m.TRAINER = sys.argv[2:];"
-        "m.compare.__kwdefaults__['command'] = sys.argv[2:]; sys.exit(m.main([sys.argv[1], '--jobs', '2']))"
+        "import sys; from pact_fast.commands.compare import main; from pact_fast.evaluation import sweep;"
+        "sweep.compare.__kwdefaults__['command'] = sys.argv[2:]; sys.exit(main([sys.argv[1], '--jobs', '2']))"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "plan.yaml"), *command]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

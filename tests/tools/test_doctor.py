@@ -6,12 +6,15 @@ import sys
 import pytest
 import torch
 
-from pact_fast import doctor
+from pact_fast.commands import doctor
 
 
 def test_json_holds_what_the_interpreter_itself_says():
     out = subprocess.run(
-        [sys.executable, "-m", "pact_fast.doctor", "--json"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "pact_fast.commands.doctor", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     report = json.loads(out.stdout)
     found = {f["name"]: f for f in report["findings"]}

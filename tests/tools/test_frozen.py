@@ -5,7 +5,6 @@ A change of names is a deliberate one: `python tests/tools/test_frozen.py` write
 
 import contextlib
 import dataclasses
-import importlib
 import io
 import re
 import tomllib
@@ -23,7 +22,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 def help_of(command):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        importlib.import_module(cli.MODULES[command][0]).main(["--help"])
+        cli.command_main(command)(["--help"])
     return out.getvalue()
 
 
@@ -35,8 +34,10 @@ def listing():
         else:
             fields = dataclasses.fields(section.default_factory)
             lines += [f"config {section.name}.{field.name}: {field.type}" for field in fields]
-    lines.append("command train --resume and every config key")
-    for command in cli.MODULES:
+    for command in cli.COMMANDS:
+        if command == "train":
+            lines.append("command train --resume and every config key")
+            continue
         options = sorted(set(OPTION.findall(help_of(command))) - {"--help"})
         lines.append(f"command {command} {' '.join(options)}".rstrip())
     lines += [f"metric {name} [{metric.unit}]" for name, metric in METRICS.items()]

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from pact_fast import metrics, report
+from pact_fast import metrics
+from pact_fast.evaluation import report
+from pact_fast.evaluation.stats import evaluation_block, wilson
 from pact_fast.metrics import MetricsLogger
-from pact_fast.stats import evaluation_block, wilson
 
 
 @pytest.fixture

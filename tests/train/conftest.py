@@ -3,7 +3,7 @@
 import pytest
 
 from pact_fast.config import load_config
-from pact_fast.trainer import Trainer
+from pact_fast.train.trainer import Trainer
 
 SMALL = {
     "train.max_steps": 4,

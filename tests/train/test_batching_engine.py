@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.config import ConfigError, RolloutConfig
 from pact_fast.distributed import Sharded, World
-from pact_fast.models import base_model_path
+from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout import RolloutError, build_engine
-from pact_fast.rollout.batching import BatchingEngine
+from pact_fast.rollout.in_process.batching import BatchingEngine
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_same_seed_repeats_a_batch_and_another_does_not(model):
 def test_a_seed_a_row_is_refused_with_a_way_out(model, tmp_path):
     with pytest.raises(RolloutError, match=r"hf-batching.*choose the engine hf or http"):
         generate(BatchingEngine(model), [[5, 6]], [2], seed=[1])
-    config = RolloutConfig(engine="hf-batching", row_seeds=True)
+    config = RolloutConfig(engine="hf-batching", per_sequence_seed=True)
     with pytest.raises(ConfigError, match="seed of its own"):
         build_engine(config, model, Sharded(model, World()), tmp_path)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from pact_fast.rollout.decode import decodes
-from pact_fast.rollout.hf import HFEngine, _Batch
+from pact_fast.rollout.in_process.decode import decodes
+from pact_fast.rollout.in_process.hf import HFEngine, _Batch
 
 SHAPE = {
     "vocab_size": 61,

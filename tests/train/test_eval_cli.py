@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pact_fast.cli import main
 from pact_fast.data.chat import ChatFormat
 from pact_fast.envs.base import make_env
-from pact_fast.evaluate import transcript
-from pact_fast.models import base_model_path
+from pact_fast.envs.toolbox.base_model import base_model_path
+from pact_fast.evaluation.evaluate import transcript
 from pact_fast.rollout import HFEngine, RolloutLimits, collect_rollouts
 
 

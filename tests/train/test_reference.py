@@ -6,8 +6,8 @@ from trainer_steps import gradients, step_samples
 from transformers import AutoModelForCausalLM
 
 from pact_fast.config import ConfigError, load_config
-from pact_fast.gauges import score_reference, score_rollouts
-from pact_fast.models import base_model_path
+from pact_fast.envs.toolbox.base_model import base_model_path
+from pact_fast.train.old_logprobs import reference_logprobs
 
 BETA = 0.3
 
@@ -49,7 +49,10 @@ def test_the_kl_term_is_the_k3_estimate_against_the_untrained_policy(make_traine
     trainer = make_trainer(objective__beta=BETA, lora__rank=lora, train__prompts_per_step=2)
     samples, _, _ = step_samples(moved(trainer, 0.012 if lora else 0.02))
     untrained = AutoModelForCausalLM.from_pretrained(base_model_path()).float()
-    score_reference(trainer.reference, samples, temperature=1.0, token_budget=100_000)
+    chosen = [s for s in samples if s.is_policy]
+    found = reference_logprobs(trainer.reference, chosen, temperature=1.0, token_budget=100_000)
+    for sample, ref_logprobs in zip(chosen, found, strict=True):
+        sample.ref_logprobs = ref_logprobs
     trainer.model.zero_grad()
     expected, kl = direct_loss(trainer.model, untrained, samples)
     expected.backward()
@@ -74,7 +77,7 @@ def test_kl_is_zero_at_the_first_step_and_grows(make_trainer):
 
 @pytest.mark.parametrize("cap", [1.1, 100.0])
 def test_every_sampled_token_is_weighted_by_trainer_over_engine_capped(make_trainer, cap):
-    trainer = make_trainer(train__prompts_per_step=6)
+    trainer = make_trainer(train__prompts_per_step=6, objective__importance_ratio_cap=cap)
     samples, _, anchored = step_samples(trainer)
     assert set(anchored.values()) == {False} or len(set(anchored.values())) == 2
     records = {r.id: r for r in trainer.records}
@@ -82,15 +85,7 @@ def test_every_sampled_token_is_weighted_by_trainer_over_engine_capped(make_trai
     for sample in (s for s in samples if s.is_policy):
         sample.engine_logprobs = sample.engine_logprobs + 0.3 * torch.randn(len(sample.ids))
     before = [s.advantages.clone() for s in samples]
-    row = score_rollouts(
-        trainer.policy,
-        trainer.builder,
-        samples,
-        records,
-        temperature=1.0,
-        token_budget=100_000,
-        correction_cap=cap,
-    )
+    row = trainer.score([samples], records, old=True)
     seen = []
     for sample, advantages in zip(samples, before, strict=True):
         if not sample.is_policy:
@@ -112,12 +107,12 @@ def test_every_sampled_token_is_weighted_by_trainer_over_engine_capped(make_trai
 
 
 def test_an_engine_that_agrees_needs_no_correction_and_it_is_off_by_default(make_trainer):
-    row = make_trainer(objective__engine_correction_cap=2.0).train_step(0)
+    row = make_trainer(objective__importance_ratio_cap=2.0).train_step(0)
     assert row["pact/is_correction"] == pytest.approx(1.0, abs=1e-4)
     assert "pact/is_correction" not in make_trainer().train_step(0)
 
 
-@pytest.mark.parametrize("key", ["objective.beta", "objective.engine_correction_cap"])
+@pytest.mark.parametrize("key", ["objective.beta", "objective.importance_ratio_cap"])
 def test_coefficients_out_of_range_are_refused(key):
     with pytest.raises(ConfigError, match=key):
         load_config(None, [f"--{key}", "-1"])

@@ -10,10 +10,9 @@ from trainer_steps import gradients, step_samples
 
 from pact_fast.config import PRESETS
 from pact_fast.data.chat import Component
-from pact_fast.gauges import score_rollouts
-from pact_fast.scoring import sequence_logprobs
-from pact_fast.tasks import batch_records
-from pact_fast.trainer import TrainingStopped
+from pact_fast.train.rollouts import batch_records
+from pact_fast.train.trainer import TrainingStopped
+from pact_fast.tree.scoring import sequence_logprobs
 
 
 def assert_same(a, b):
@@ -60,7 +59,7 @@ def test_first_update_after_a_rollout_is_on_policy_and_the_engine_agrees(make_tr
     row = trainer.train_step(0)
     assert abs(row["pact/ppo_kl"]) < 1e-6
     assert row["clip_ratio"] == 0.0
-    assert row["pact/engine_gap_max"] < 1e-4
+    assert row["pact/logprob_mismatch_max"] < 1e-4
     assert row["reward_std"] > 0, "no rollout was better than another: nothing was trained"
 
 
@@ -70,7 +69,7 @@ def test_a_step_on_a_gpu_is_on_policy_and_the_engine_agrees(make_trainer):
     row = trainer.train_step(0)
     assert abs(row["pact/ppo_kl"]) < 1e-6
     assert row["clip_ratio"] == 0.0
-    assert row["pact/engine_gap_max"] < 1e-3
+    assert row["pact/logprob_mismatch_max"] < 1e-3
     assert row["memory/peak"] > 0
 
 
@@ -78,7 +77,7 @@ def test_a_stale_policy_is_noticed_by_the_first_update_check(make_trainer):
     trainer = make_trainer()
     samples, _, _ = step_samples(trainer)
     records = {r.id: r for r in trainer.records}
-    score_rollouts(trainer.policy, trainer.builder, samples, records, temperature=1.0, token_budget=100_000)
+    trainer.score([samples], records, old=True)
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.mul_(1.01)
     with pytest.raises(TrainingStopped, match="ppo_kl"):
@@ -147,9 +146,7 @@ def test_trace_gain_compares_the_two_contexts(make_trainer):
     trainer = make_trainer("pact-no-anchor")
     samples, _, _ = step_samples(trainer)
     records = {r.id: r for r in trainer.records}
-    row = score_rollouts(
-        trainer.policy, trainer.builder, samples, records, temperature=1.0, token_budget=100_000
-    )
+    row = trainer.score([samples], records, old=True)
     total, count = 0.0, 0
     with torch.no_grad():
         for sample in (s for s in samples if s.is_policy):
@@ -186,7 +183,7 @@ def test_tool_responses_are_context_and_never_a_target_nor_a_ratio_term(make_tra
         live = [p - start for p in sample.live().tolist()]
         assert all(rollout.sampled[p] for p in live)
         assert live == [p for p, sampled in enumerate(rollout.sampled) if sampled]
-        seen += sum(c == Component.TOOL_RESPONSE for c in rollout.components[: len(body)])
+        seen += sum(not sampled for sampled in rollout.sampled[: len(body)])
     assert seen > 0, "no trained rollout holds a tool response"
 
 

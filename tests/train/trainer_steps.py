@@ -2,8 +2,8 @@
 
 import torch
 
-from pact_fast.batch import pack_losses
-from pact_fast.tasks import batch_records
+from pact_fast.train.batch import pack_losses
+from pact_fast.train.rollouts import batch_records
 
 
 def gradients(trainer, samples, *, token_budget=1_000_000, packing="tree", parts=1):
@@ -30,7 +30,7 @@ def step_samples(trainer, step=0, progress=0.0):
     config = trainer.config
     records = batch_records(trainer.records, step, config.train.prompts_per_step, config.run.seed)
     rollouts = trainer.rollout(records, step)
-    anchored = trainer.schedule.anchored(records, step)
+    anchored = trainer.schedule.anchored([r.id for r in records], step)
     strength = trainer.schedule.sft_strength(progress)
     batches = trainer.mini_batches(records, rollouts, anchored, strength, progress)
     return [s for batch in batches for s in batch], rollouts, anchored

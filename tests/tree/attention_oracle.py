@@ -2,7 +2,7 @@
 
 import torch
 
-from pact_fast.kernels.reference import tree_attention as reference
+from pact_fast.kernels.tree_attention import reference
 from tests.tree.conftest import pact_sequences, random_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

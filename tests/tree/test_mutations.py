@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pact_fast import Policy, pack_tree, sequence_logprobs
-from pact_fast.kernels.reference import tree_attention as reference
-from pact_fast.packing import TreePack
+from pact_fast.kernels.tree_attention import reference
+from pact_fast.tree.packing import TreePack
 from tests.tree.conftest import pact_sequences, tiny_model
 from tests.tree.test_policy import one_by_one
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pact_fast.kernels import tree_native
-from pact_fast.packing import TreePack, pack_linear, pack_tree, plan_packs
+from pact_fast.kernels.tree_attention import native
+from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from tests.tree.conftest import pact_sequences, random_sequences
 
 TRIES = st.integers(0, 10_000).map(
@@ -45,7 +45,7 @@ def assert_same(a, b):
     assert all(torch.equal(x, y) for x, y in zip(a.token_index, b.token_index, strict=True))
 
 
-needs_native = pytest.mark.skipif(tree_native.library() is None, reason="csrc/tree_pack.cpp was not built")
+needs_native = pytest.mark.skipif(native.library() is None, reason="csrc/tree_pack.cpp was not built")
 
 
 @needs_native
@@ -64,7 +64,7 @@ def test_native_pack_is_identical_on_long_runs_that_branch_late():
 
 
 def test_native_is_an_error_where_it_was_not_built(monkeypatch):
-    monkeypatch.setattr(tree_native, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     with pytest.raises(ValueError, match="libtree_pack"):
         pack_tree([[1]], impl="native")
     assert pack_tree([[1]]).num_tokens == 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig
 
-from pact_fast.packing import TreePack, pack_linear, pack_tree
-from pact_fast.policy import ATTENTION, Policy, _check_model
+from pact_fast.tree.packing import TreePack, pack_linear, pack_tree
+from pact_fast.tree.policy import ATTENTION, Policy, _check_model
 from tests.tree.conftest import pact_sequences, random_sequences, tiny_model
 
 
@@ -153,8 +153,8 @@ def test_attention_dropout_in_training_is_refused():
 
 LIGER = """
 import torch
-from pact_fast.packing import pack_tree
-from pact_fast.policy import Policy
+from pact_fast.tree.packing import pack_tree
+from pact_fast.tree.policy import Policy
 from tests.tree.conftest import pact_sequences, tiny_model
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pack = pack_tree(pact_sequences(1, prompt=8, trace=4, rollout=4, group=1))

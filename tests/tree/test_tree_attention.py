@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pact_fast.kernels import tree_flash, tree_native
-from pact_fast.kernels.reference import tree_attention as reference
-from pact_fast.kernels.tree_layout import key_tile_order, tile_list, tree_depth
+from pact_fast.kernels.tree_attention import flash, native, reference
+from pact_fast.kernels.tree_attention.layout import key_tile_order, tile_list, tree_depth
 from pact_fast.ops import tree_attention, tree_plan
-from pact_fast.packing import pack_tree
+from pact_fast.tree.packing import pack_tree
 from tests.tree.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
 from tests.tree.conftest import pact_sequences, random_sequences
 
@@ -105,8 +104,8 @@ def test_merging_levels_by_lse_is_exact_forward_and_backward(seed):
     """The flash implementation, on plain variable-length attention in place of flash-attn."""
     end = pack_tree(random_sequences(seed, count=1 + seed % 8)).subtree_end
     q, k, v = inputs(end.numel(), seed=seed)
-    plan = tree_flash.FlashPlan(end, tree_depth(end.numpy()))
-    out, lse = tree_flash.tree_attention(q, k, v, plan, scale=None, backend=PlainVarlen())
+    plan = flash.FlashPlan(end, tree_depth(end.numpy()))
+    out, lse = flash.tree_attention(q, k, v, plan, scale=None, backend=PlainVarlen())
     d_out = torch.randn_like(out)
     want = oracle(q, k, v, end, d_out)
     for a, b in zip([out, lse, *torch.autograd.grad(out, [q, k, v], d_out)], want, strict=True):
@@ -138,7 +137,7 @@ def test_tile_lists_hold_every_visible_pair_and_full_tiles_hold_nothing_else(see
     mask = reference.tree_mask(end, window).numpy()
     depth = tree_depth(end.numpy())
     tiles = tile_list(end.numpy(), depth, block_m, block_n, window, native=False)
-    if tree_native.library() is not None:
+    if native.library() is not None:
         same = tile_list(end.numpy(), depth, block_m, block_n, window)
         assert all(
             np.array_equal(a, b) for a, b in zip(vars(tiles).values(), vars(same).values(), strict=True)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pact_fast.kernels.tree_layout import tree_depth
-from pact_fast.kernels.tree_tiles import Tile, TilePlan, Tiles
+from pact_fast.kernels.tree_attention.layout import tree_depth
+from pact_fast.kernels.tree_attention.tiles import Tile, TilePlan, Tiles
 from pact_fast.ops import tree_attention, tree_plan
-from pact_fast.packing import pack_tree
+from pact_fast.tree.packing import pack_tree
 from tests.tree.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
 from tests.tree.conftest import pact_sequences, random_sequences
 
@@ -36,7 +36,7 @@ TRITON_CASES = [
 
 @pytest.mark.parametrize(("dtype", "head_dim", "heads", "window", "tiles"), TRITON_CASES)
 def test_triton_equals_the_definition(dtype, head_dim, heads, window, tiles):
-    kernel = pytest.importorskip("pact_fast.kernels.tree_attention")
+    kernel = pytest.importorskip("pact_fast.kernels.tree_attention.triton")
     end = pack_tree(SMALL).subtree_end.to(DEVICE)
     q, k, v = inputs(end.numel(), *heads, head_dim, dtype, DEVICE)
     plan = TilePlan(end, tree_depth(end.cpu().numpy()), window)
@@ -66,7 +66,7 @@ def test_the_tiles_of_real_head_dims_in_bf16(head_dim, heads, window):
 
 
 def test_triton_takes_strided_inputs_partial_gradients_and_repeats_bitwise():
-    pytest.importorskip("pact_fast.kernels.tree_attention")
+    pytest.importorskip("pact_fast.kernels.tree_attention.triton")
     end = pack_tree(random_sequences(2, count=8)).subtree_end.to(DEVICE)
     q, k, v = (x.detach() for x in inputs(end.numel(), device=DEVICE))
     strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]  # heads outermost in memory
@@ -126,7 +126,7 @@ def test_an_empty_pack_gives_an_empty_result():
 
 
 def test_triton_refuses_what_it_cannot_do():
-    pytest.importorskip("pact_fast.kernels.tree_attention")
+    pytest.importorskip("pact_fast.kernels.tree_attention.triton")
     end = torch.tensor([2, 2], dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="head_dim = 24"):
         tree_attention(*inputs(2, head_dim=24, device=DEVICE), end, impl="triton")

@@ -13,7 +13,7 @@ from typing import Any
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record
 from pact_fast.envs.base import Episode, Outcome, StepResult
-from pact_fast.envs.sandbox import CallResult, Program, Sandbox, SandboxCall
+from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
 from pact_fast.envs.toolbox import tools
 from pact_fast.envs.toolbox.expert import Trace, write_trace
 from pact_fast.envs.toolbox.questions import Task, draw_task, offered_tools

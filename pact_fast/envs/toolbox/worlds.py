@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date, timedelta
 from random import Random
 from typing import Any
@@ -51,11 +49,6 @@ def _attributes(rng: Random, kind: str, names: Sequence[str]) -> dict[str, dict[
             values = rng.sample(range(11, 99), len(names))
         columns[field] = dict(zip(names, map(str, values), strict=True))
     return columns
-
-
-def fingerprint(world: Mapping[str, Any]) -> str:
-    """Equal for worlds with the same facts, in whatever order they were drawn."""
-    return hashlib.sha256(json.dumps(world, sort_keys=True).encode()).hexdigest()
 
 
 _DESCRIPTIONS = {

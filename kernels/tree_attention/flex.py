@@ -1,0 +1,69 @@
+"""Tree attention by torch's FlexAttention: the best pip-only peer, with the same mask and tile lists."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from pact_fast.kernels.tree_attention.layout import TileList, tile_list
+
+BLOCK = 128
+
+
+class FlexPlan:
+    """The BlockMask of one tree."""
+
+    def __init__(self, subtree_end: Tensor, depth: np.ndarray, window: int | None) -> None:
+        size = subtree_end.numel()
+        padding = -size % BLOCK
+        # Lanes past T read these entries: end 0 makes them invisible.
+        end = torch.nn.functional.pad(subtree_end, (0, padding))
+        level = torch.from_numpy(np.pad(depth.astype(np.int32), (0, padding))).to(subtree_end.device)
+
+        def visible(_batch, _head, q_index, kv_index):
+            seen = (kv_index <= q_index) & (q_index < end[kv_index])
+            return seen if window is None else seen & (level[q_index] - level[kv_index] < window)
+
+        tiles = tile_list(subtree_end.cpu().numpy(), depth, BLOCK, BLOCK, window)
+        full, partial = _dense_lists(tiles)
+        lists = [torch.from_numpy(x)[None, None].to(subtree_end.device) for x in (*partial, *full)]
+        self.mask = BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(size, size)
+        )
+
+
+def _dense_lists(tiles: TileList) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(counts [tiles], indices [tiles, tiles]) of the full and of the partial key tiles of query tiles."""
+    count = tiles.order.size
+    out = []
+    for first, last in ((tiles.ptr[:-1], tiles.split), (tiles.split, tiles.ptr[1:])):
+        index = np.zeros((count, count), np.int32)
+        for i in range(count):
+            index[i, : last[i] - first[i]] = tiles.cols[first[i] : last[i]]
+        out.append(((last - first).astype(np.int32), index))
+    return out[0], out[1]
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, *, scale: float | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """out [T, Hq, D], and lse [T, Hq] if asked. On a CPU torch has it in eager form and without gradients."""
+    attend = _compiled() if q.is_cuda else flex_attention
+    out, aux = attend(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        block_mask=plan.mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return out[0].transpose(0, 1), aux.lse[0].T if return_lse else None

@@ -1,0 +1,297 @@
+"""From rollouts and traces to loss rows: which sequences a step scores, and the weight of every token in
+them.
+
+All normalisation is in the weights, from global counts, before anything is packed: the loss does not depend
+on how the samples are cut into packs, micro-batches or ranks (METHOD section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pact_fast.config import ObjectiveConfig
+from pact_fast.data.chat import ChatFormat, Tokens
+from pact_fast.data.records import Record
+from pact_fast.distributed import Sharded
+from pact_fast.objective import SFTStrength, policy_token_weight, sft_token_strengths
+from pact_fast.ops import PactLossOutput, linear_pact_loss
+from pact_fast.rollout import Rollout
+from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
+from pact_fast.tree.policy import Policy
+
+
+@dataclass
+class Sample:
+    """One sequence and what it contributes. Every tensor is [L], aligned with `ids`; entry p speaks of
+    predicting ids[p] from the tokens before it. A sample is either a rollout (policy_weight) or a trace
+    (sft_weight)."""
+
+    record_id: str
+    ids: Tensor
+    policy_weight: Tensor
+    advantages: Tensor
+    sft_weight: Tensor
+    old_logprobs: Tensor | None = None
+    engine_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    prompt_only: bool = False
+
+    @property
+    def is_policy(self) -> bool:
+        return self.engine_logprobs is not None
+
+    def live(self) -> Tensor:
+        """Positions with a loss term."""
+        return ((self.policy_weight != 0) | (self.sft_weight != 0)).nonzero()[:, 0]
+
+
+class SampleBuilder:
+    """Builds the samples of a step; the token form of prompts and traces is made once a record and kept."""
+
+    def __init__(self, chat: ChatFormat, objective: ObjectiveConfig, max_completion_length: int) -> None:
+        self.chat, self.objective, self.max_length = chat, objective, max_completion_length
+        self._prompts: dict[str, Tokens] = {}
+        self._traces: dict[str, Tokens] = {}
+        self._privileged: dict[str, list[int]] = {}
+
+    def prompt(self, record: Record) -> Tokens:
+        """Tokens of x."""
+        if record.id not in self._prompts:
+            self._prompts[record.id] = self.chat.prompt(record.prompt, record.tools)
+        return self._prompts[record.id]
+
+    def privileged_prompt(self, record: Record) -> list[int]:
+        """Token ids of c(x, h)."""
+        if record.id not in self._privileged:
+            text = self.chat.render_trace(record.expert_trace, observations=self.objective.trace_observations)
+            self._privileged[record.id] = self.chat.prompt(record.prompt, record.tools, privileged=text).ids
+        return self._privileged[record.id]
+
+    def trace(self, record: Record) -> Tokens:
+        """x + h as one token sequence with components."""
+        if record.id not in self._traces:
+            messages = list(record.expert_trace)
+            if not self.objective.trace_observations:
+                messages = [{**m, "content": ""} if m["role"] == "tool" else m for m in messages]
+            self._traces[record.id] = self.prompt(record) + self.chat.trace(messages)
+        return self._traces[record.id]
+
+    def rollout_samples(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Sequence[Tensor],
+        anchored: dict[str, bool],
+        scale: float,
+    ) -> list[Sample]:
+        """One sample a rollout, under c(x,h) or, where its prompt is anchored, under x.
+
+        Args:
+            advantages: per rollout, one value a turn.
+            anchored: per record id, whether the prompt-only ratio is used.
+            scale: factor on the whole policy term (1, or 1 - mu).
+        """
+        total = sum(r.num_sampled for r in rollouts)
+        in_context = self.objective.ratio_denominator == "context"
+        samples = []
+        for rollout, advantage in zip(rollouts, advantages, strict=True):
+            record = rollout.record
+            head = rollout.prompt.ids if anchored[record.id] else self.privileged_prompt(record)
+            weight = scale * policy_token_weight(
+                self.objective.normalization,
+                rollout.num_sampled,
+                total_tokens=total,
+                num_sequences=len(rollouts),
+                max_length=self.max_length,
+            )
+            start = len(head)
+            ids = torch.tensor([*head, *rollout.token_ids])
+            policy_weight, values, engine = torch.zeros(3, len(ids))
+            policy_weight[start:] = torch.tensor(rollout.sampled).float() * weight
+            values[start:] = advantage[torch.tensor(rollout.turns)]
+            engine[start:] = torch.tensor(rollout.logprobs)
+            samples.append(
+                Sample(
+                    record.id,
+                    ids,
+                    policy_weight,
+                    values,
+                    torch.zeros(len(ids)),
+                    old_logprobs=None if in_context else engine,
+                    engine_logprobs=engine,
+                    prompt_only=anchored[record.id],
+                )
+            )
+        return samples
+
+    def trace_samples(self, records: Sequence[Record], strength: SFTStrength, scale: float) -> list[Sample]:
+        """One sample a record: teacher forcing of h after x with component strengths over N_sft."""
+        tokens = [self.trace(r) for r in records]
+        strengths = [sft_token_strengths(t.components, t.segments, strength) for t in tokens]
+        count = max(int(sum((s > 0).sum() for s in strengths)), 1)
+        return [
+            Sample(
+                record.id,
+                torch.tensor(t.ids),
+                torch.zeros(len(t)),
+                torch.zeros(len(t)),
+                s * (scale / count),
+            )
+            for record, t, s in zip(records, tokens, strengths, strict=True)
+        ]
+
+
+def needed(sample: Sample, objective: ObjectiveConfig) -> bool:
+    """Whether a sample can change the loss or its gradient."""
+    if not sample.is_policy:
+        return bool((sample.sft_weight != 0).any())
+    if not objective.skip_zero_advantage or objective.entropy_coef or objective.beta:
+        return True
+    return bool(((sample.advantages != 0) & (sample.policy_weight != 0)).any())
+
+
+def trim(sample: Sample) -> Sample:
+    """Drops the tokens behind the last one with a loss term: they are predicted by nobody and seen by
+    nobody."""
+    live = sample.live()
+    end = int(live[-1]) + 1 if len(live) else 1
+    cut: dict[str, Any] = {k: v[:end] for k, v in vars(sample).items() if isinstance(v, Tensor)}
+    return replace(sample, **cut)
+
+
+@dataclass
+class PackLoss:
+    """Loss of one pack: outputs of the policy rows and of the trace rows, beside the samples they came
+    from."""
+
+    loss: Tensor
+    samples: list[Sample]
+    policy: PactLossOutput | None
+    sft: PactLossOutput | None
+    num_tokens: int
+    num_pairs: int  # of a token and one it attends to
+
+
+def pack_losses(
+    policy: Policy,
+    samples: Sequence[Sample],
+    objective: ObjectiveConfig,
+    *,
+    token_budget: int,
+    packing: str = "tree",
+    temperature: float = 1.0,
+    impl: str = "auto",
+    sharded: Sharded | None = None,
+) -> Iterator[PackLoss]:
+    """Yields the loss of one pack after another; call backward on each before taking the next.
+
+    Args:
+        policy: the model.
+        samples: sequences with their weights; the sum of all yielded losses is the loss of the batch.
+        token_budget: packed tokens a forward may hold.
+        packing: "tree" shares prefixes, "none" lays every sequence out alone.
+        temperature: of the rollouts; traces are always scored at 1.
+        sharded: with several ranks each takes its share of the packs, equally many: where they do not go
+            round, a rank gets an empty one, whose loss and gradient are exactly zero.
+    """
+    tree = packing == "tree"
+    plan = plan_packs(
+        [s.ids for s in samples], token_budget, groups=[s.record_id for s in samples], share=tree
+    )
+    if sharded is not None:
+        plan = sharded.world.pad_shard(plan, [])
+    for number, indices in enumerate(plan):
+        chosen = [samples[i] for i in indices]
+        ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
+        pack = (pack_tree if tree else pack_linear)(ids)
+        pairs = int(pack.position_ids.sum()) + pack.num_tokens
+        outputs: dict[bool, PactLossOutput | None] = {}
+        compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
+        if sharded is None:
+            total = compute()
+        else:
+            sharded.sync_gradients(number == len(plan) - 1)
+            total = sharded.run(compute)
+        yield PackLoss(total, chosen, outputs[True], outputs[False], pack.num_tokens, pairs)
+
+
+def _pack_loss(
+    policy: Policy,
+    pack: TreePack,
+    samples: Sequence[Sample],
+    objective: ObjectiveConfig,
+    temperature: float,
+    impl: str,
+    outputs: dict[bool, PactLossOutput | None],
+) -> Tensor:
+    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`."""
+    # Before the forward: a copy to the device waits for what is queued there.
+    rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
+    hidden = policy.hidden(pack)
+    for kind, terms in rows.items():
+        scale = temperature if kind else 1.0
+        outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
+    losses = [o.loss for o in outputs.values() if o is not None]
+    if losses:
+        return torch.stack(losses).sum()
+    # Ranks must exchange the same gradients: the head's is there too, as zeros.
+    return hidden.sum() * 0.0 + sum(t.sum() * 0.0 for t in policy.head[:2] if t is not None)
+
+
+def _loss_rows(
+    pack: TreePack, samples: Sequence[Sample], is_policy: bool, device: torch.device
+) -> dict[str, Any] | None:
+    """Arguments of `linear_pact_loss` for the policy rows, or for the trace rows, of a pack; None without
+    any."""
+    rows: dict[str, list[Tensor]] = {}
+
+    def add(name: str, values: Tensor) -> None:
+        rows.setdefault(name, []).append(values)
+
+    for sample, index in zip(samples, pack.token_index, strict=True):
+        live = sample.live()
+        if sample.is_policy != is_policy or not len(live):
+            continue
+        add("target", sample.ids[live])
+        add("row_index", index[live - 1])
+        if is_policy:
+            add("policy_weight", sample.policy_weight[live])
+            add("advantages", sample.advantages[live])
+            if sample.old_logprobs is not None:
+                add("old_logprobs", sample.old_logprobs[live])
+            if sample.ref_logprobs is not None:
+                add("ref_logprobs", sample.ref_logprobs[live])
+        else:
+            add("sft_weight", sample.sft_weight[live])
+    return {k: torch.cat(v).to(device) for k, v in rows.items()} or None
+
+
+def _call_op(
+    policy: Policy,
+    hidden: Tensor,
+    rows: dict[str, Any],
+    objective: ObjectiveConfig,
+    temperature: float,
+    impl: str,
+) -> PactLossOutput:
+    head = policy.head
+    return linear_pact_loss(
+        hidden,
+        head.weight,
+        rows.pop("target"),
+        **rows,
+        epsilon_low=objective.epsilon,
+        epsilon_high=objective.epsilon if objective.epsilon_high is None else objective.epsilon_high,
+        dual_clip=objective.dual_clip,
+        beta=objective.beta if "policy_weight" in rows else 0.0,
+        entropy_coef=objective.entropy_coef if "policy_weight" in rows else 0.0,
+        bias=head.bias,
+        softcap=head.softcap,
+        temperature=temperature,
+        impl=impl,
+    )

@@ -1,0 +1,312 @@
+"""A Hugging Face causal LM whose hidden states can be computed for a whole token tree at once.
+
+The model stays what it was: weights, generation, caches and its own attention are untouched. Only inside
+`Policy.hidden`, and while its checkpointed layers are recomputed in the backward, is the attention switched
+to ours. Any other attention would silently misread the position ids of a tree as packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+
+from pact_fast.ops import tree_attention, tree_plan
+from pact_fast.tree.packing import TreePack
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
+_LAYERS = ("full_attention", "sliding_attention")
+
+
+class HeadParams(NamedTuple):
+    """The LM head: logits = scale * (hidden @ weight.T + bias), softcapped where softcap is given."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    scale: float
+
+
+@torch.compiler.disable
+def _pact_tree_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, T, D], rotated
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    pact_tree: _TreeCall | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a layer, as transformers' AttentionInterface calls it."""
+    if pact_tree is None:
+        raise RuntimeError(f"attention {ATTENTION!r} runs inside Policy.hidden only: it needs a TreePack")
+    unsupported = {"softcap": softcap, "attention sinks": s_aux, "attention_mask": attention_mask}
+    if names := [name for name, value in unsupported.items() if value is not None] + ["dropout"] * bool(
+        dropout
+    ):
+        raise ValueError(f"{type(module).__name__}: tree attention does not support {', '.join(names)}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    pact_tree.layers += 1
+    layer: Any = module.layer_idx
+    k, v = pact_tree.extend(layer, k, v)
+    plan = pact_tree.plan(sliding_window)
+    out: Any = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, _pact_tree_attention)
+
+
+class _TreeCall:
+    """One pack on its way through the layers; plans are made once and shared by all of them.
+
+    `cache`: (keys, values) [P, Hkv, D] of the path above the pack, per layer, and `keep`: the tokens of path
+    and pack whose keys and values the next pack needs; both None outside `Policy.stream`.
+    """
+
+    def __init__(
+        self,
+        subtree_end: Tensor,
+        impl: str,
+        cache: dict | None = None,
+        keep: Tensor | None = None,
+        path: int = 0,
+    ) -> None:
+        self.subtree_end = subtree_end
+        self.impl = impl
+        self.cache = cache
+        self.keep = keep
+        self.path = path
+        self.layers = 0  # layers that have called our attention
+        self._plans: dict[int | None, Any] = {}
+
+    def plan(self, window: int | None):
+        if window not in self._plans:
+            self._plans[window] = tree_plan(
+                self.subtree_end, window=window, first_query=self.path, impl=self.impl
+            )
+        return self._plans[window]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the path and the pack; remembers those that `keep` names."""
+        if self.cache is None or self.keep is None:
+            return k, v
+        if self.path:
+            k, v = (torch.cat(pair) for pair in zip(self.cache[layer], (k, v), strict=True))
+        self.cache[layer] = k[self.keep], v[self.keep]
+        return k, v
+
+
+class Policy:
+    """A causal LM (Qwen3, Qwen2/2.5, Llama and SmolLM2 families) that runs on token trees.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model around one.
+        attention: implementation of `ops.tree_attention`: "auto", "torch", ...
+        gradient_checkpointing: recompute every decoder layer in the backward instead of keeping its
+            activations.
+        liger: replace RMSNorm, RoPE and SwiGLU by Liger's Triton kernels (package liger-kernel). This changes
+            the model itself, and RoPE for every model of its family in the process, as Liger does it.
+        compile: backend of torch.compile ("inductor") for the decoder layers, within `hidden` and `stream`
+            alone; attention itself stays outside of the compiled parts.
+
+    RuntimeError if a layer turns out not to run our attention. ValueError names what a tree cannot go
+    through: other families, recurrent or linear-attention layers, attention sinks, RoPE that depends on the
+    sequence's length, attention dropout in training.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        attention: str = "auto",
+        gradient_checkpointing: bool = False,
+        liger: bool = False,
+        compile: str | None = None,
+    ) -> None:
+        unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
+        causal: Any = unwrap() if unwrap else model
+        _check_model(causal)
+        if liger:
+            _apply_liger(causal)
+        self.model = model
+        self.attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
+        self._causal: Any = causal
+        self._layers: list[Any] = [m for m in causal.modules() if hasattr(type(m), "gradient_checkpointing")]
+        self._compiled: list[tuple[Any, Any]] = []
+        if compile is not None:
+            # The forwards, not the modules: hooks (FSDP's, say) then run outside of what is compiled.
+            self._compiled = [
+                (layer, torch.compile(layer.forward, backend=compile, dynamic=True))
+                for layer in causal.get_decoder().layers
+            ]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._causal.parameters()).device
+
+    @property
+    def head(self) -> HeadParams:
+        """Weights of the LM head, as `ops.linear_logprob` and `ops.linear_pact_loss` take them."""
+        head = self._causal.get_output_embeddings()
+        return HeadParams(head.weight, head.bias, None, 1.0)
+
+    def hidden(self, pack: TreePack) -> Tensor:
+        """Hidden states [T, H] of a pack after the final norm: the input of the LM head. Differentiable.
+
+        Row t is what the model computes for token t with its ancestors as the only context, so it equals the
+        hidden state of the same token in its sequence run alone.
+        """
+        if pack.num_tokens == 0:
+            return self.head.weight.new_zeros(0, self._causal.config.hidden_size)
+        pack.check_positions()
+        pack = pack.to(self.device)
+        call = _TreeCall(pack.subtree_end, self.attention)
+        return self._forward(pack.input_ids, pack.position_ids, call)
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, call: _TreeCall) -> Tensor:
+        config = self._causal.config
+        if self._causal.training and (dropout := getattr(config, "attention_dropout", 0.0)):
+            raise ValueError(
+                f"attention_dropout = {dropout} in training: tree attention has no dropout; set it to 0 in "
+                "the model's config or call model.eval()"
+            )
+        with self._inside(config), self._checkpointing(config):
+            out = self._causal.model(
+                input_ids=input_ids[None],
+                position_ids=position_ids[None],
+                use_cache=False,
+                pact_tree=call,
+            )
+        if call.layers != config.num_hidden_layers:
+            raise RuntimeError(
+                f"{call.layers} of {config.num_hidden_layers} layers ran the tree attention: another one "
+                "would read the tree as something else; remove what replaces the model's attention"
+            )
+        return out.last_hidden_state[0]
+
+    @torch.no_grad()
+    def stream(self, pack: TreePack, chunk_tokens: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Hidden states of a pack of any size, `chunk_tokens` tokens at a time, without gradients.
+
+        Yields (first, last, above, hidden): hidden [last - first, H] of the packed tokens [first, last), and
+        above [depth of first, H], those of the ancestors of token `first`. In pre-order a chunk needs no
+        other earlier token, so beside one chunk's activations only the keys and values of one path are kept.
+        """
+        pack.check_positions()
+        pack = pack.to(self.device)
+        end = pack.subtree_end
+        total = pack.num_tokens
+        path = end.new_empty(0, dtype=torch.int64)
+        above = self.head.weight.new_empty(0, self._causal.config.hidden_size)
+        cache: dict[int, tuple[Tensor, Tensor]] = {}
+        for first in range(0, total, chunk_tokens):
+            last = min(first + chunk_tokens, total)
+            here = torch.cat((path, torch.arange(first, last, device=end.device)))
+            local_end = (end[here].clamp(max=last) - first + path.numel()).int()
+            keep = (end[here] > last).nonzero()[:, 0]  # ancestors of token `last`
+            call = _TreeCall(local_end, self.attention, cache, keep, path.numel())
+            hidden = self._forward(pack.input_ids[first:last], pack.position_ids[first:last], call)
+            yield first, last, above, hidden
+            above = torch.cat((above, hidden))[keep]
+            path = here[keep]
+
+    @contextmanager
+    def _inside(self, config) -> Iterator[None]:
+        """Our attention, and the compiled layers where asked; what the model has otherwise comes back."""
+        with _tree_attention_on(config):
+            for layer, compiled in self._compiled:
+                layer.forward = compiled
+            try:
+                yield
+            finally:
+                for layer, _ in self._compiled:
+                    vars(layer).pop("forward", None)
+
+    @contextmanager
+    def _checkpointing(self, config) -> Iterator[None]:
+        """Checkpoint the layers of this forward where asked, here or on the model; then restore it."""
+        wanted = self.gradient_checkpointing or any(layer.gradient_checkpointing for layer in self._layers)
+        if not (wanted and torch.is_grad_enabled()):
+            yield
+            return
+        # The backward recomputes a layer after `hidden` has returned: the attention must be ours then, too.
+        func = partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self._inside(config))
+        )
+        saved = [
+            (
+                layer.gradient_checkpointing,
+                getattr(layer, "_gradient_checkpointing_func", None),
+                layer.training,
+            )
+            for layer in self._layers
+        ]
+        for layer in self._layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = (
+                True,
+                func,
+                True,
+            )
+        try:
+            yield
+        finally:
+            for layer, state in zip(self._layers, saved, strict=True):
+                layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = state
+
+
+@contextmanager
+def _tree_attention_on(config) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _apply_liger(model: Any) -> None:
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise ImportError("liger=True needs the package liger-kernel: pip install liger-kernel") from error
+    apply = getattr(monkey_patch, f"apply_liger_kernel_to_{model.config.model_type}")
+    # The head and its loss are ours.
+    heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply(rope=True, rms_norm=True, swiglu=True, **heads, model=model)
+
+
+def _check_model(model: Any) -> None:
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    layers = set(getattr(config, "layer_types", None) or ())
+    if bad := sorted(layers - set(_LAYERS)):
+        raise ValueError(
+            f"{kind}: layers of kind {', '.join(bad)} carry state from token to token and cannot branch in a "
+            "token tree"
+        )
+    if any(hasattr(m, "sinks") for m in model.modules()):
+        raise ValueError(f"{kind}: attention sinks are not supported by tree attention")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not supported: Policy accepts {', '.join(FAMILIES)}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{kind}: rope_type {rope!r} depends on the sequence's length, in which branches of a tree differ"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no LM head; load it with AutoModelForCausalLM")
