@@ -13,7 +13,7 @@ u_j is a function of (seed, position, j) alone, by integer arithmetic that is th
 
     key = mix(mix(seed) + position * PHI)  64 bits;  k0, k1 = its low and high half
     x = j * C0 + k0;  x ^= x >> 16;  x *= C1;  x ^= x >> 15;  x ^= k1;  x *= C2;  x ^= x >> 15     32 bits
-    u = ((x mod 2^31) + 0.5) / 2^31
+    u = ((x mod 2^31) + 0.5) / 2^31 in fp32, always below 1
 
 The winner changes only where two candidates are equal to within rounding, so a row's tokens hold still where
 another batch moves its logits by 1e-6; a draw by cumulative sums would shift every boundary.
@@ -50,8 +50,7 @@ PADDING = 1.5  # most padded work of a batch of pieces, over the real work
 PHI = 0x9E3779B97F4A7C15  # odd constants of splitmix64 and of a 32-bit mixer with low bias
 MIX1, MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 C0, C1, C2 = 0x9E3779B1, 0x21F0AAAD, 0x735A2D97
-SMALL_U = 2.0**-5  # below it -log(1 - u) is a series
-BELOW_ONE = 1.0 - 2.0**-24  # the largest fp32 below 1
+TO_UNIT = 2.0**-31 * (1.0 - 2.0**-24)  # takes 2^31, to which the largest round in fp32, to the fp32 below 1
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -103,7 +102,8 @@ def qk_norm_rope_write(
             q, k = (qk[:, :num_q].flatten(1), qk[:, num_q:].flatten(1))
             q, k = _normed(q, q_norm, eps, plus_one), _normed(k, k_norm, eps, plus_one)
             qk = torch.cat([q, k], 1).unflatten(1, (-1, dim))
-    qk = _rotated(qk, cos[positions][:, None], sin[positions][:, None])
+    cos, sin = (x.index_select(0, positions)[:, None] for x in (cos, sin))
+    qk = _rotated(qk, cos, sin)
     live = slots >= 0
     k, v = qk[:, num_q:], x[:, num_q + num_kv :]
     if not bool(live.all()):
@@ -242,25 +242,24 @@ def shared_prefix_attention(
     plan = tasks.plan = tasks.plan or _decode_plan(tasks)
     assert isinstance(plan, _DecodePlan)
     heads = q.unflatten(1, (k_cache.shape[1], -1))  # [N, Hkv, G, D]
-    out = torch.zeros(heads.shape, dtype=_wide(q), device=q.device)
-    lse = torch.full(heads.shape[:3], -math.inf, dtype=out.dtype, device=q.device)
-    position = None if window is None else tasks.row_start.long() + row_length - 1
+    rows = plan.rows
+    length = row_length[rows][:, None]
+    size = min(int(length.max()), plan.own.shape[1]) if len(rows) else 0
+    place = torch.arange(size, device=q.device)
+    written = place < length
+    # Slots past a row's length hold anything, NaN too: read its first instead.
+    slots = torch.where(written, plan.own[:, :size], plan.own[:, :1])
+    hidden = ~written if window is None else ~written | (place < length - window)
+    out, lse = _attend(
+        heads[rows][:, None], k_cache, v_cache, slots.flatten(), size, hidden[:, None], scale, softcap
+    )
+    out, lse = out[:, 0], lse[:, 0]
+    if len(rows) < len(q):  # padding rows
+        out = torch.zeros(heads.shape, dtype=out.dtype, device=q.device).index_copy_(0, rows, out)
+        lse = torch.zeros(heads.shape[:3], dtype=out.dtype, device=q.device).index_copy_(0, rows, lse)
+    position = None if window is None else tasks.row_start[: len(q)].long() + row_length - 1
     for batch in plan.path:
         _merge_batch(out, lse, heads, k_cache, v_cache, batch, scale, softcap, position, window)
-    if plan.rows.numel():
-        rows = plan.rows
-        length = row_length[rows]
-        size = min(int(length.max()), plan.own.shape[1])
-        place = torch.arange(size, device=q.device)
-        hidden = place >= length[:, None]
-        if window is not None:
-            hidden |= place < (length - window)[:, None]
-        # Slots past a row's length hold anything, NaN too: read its first instead.
-        slots = torch.where(place < length[:, None], plan.own[:, :size], plan.own[:, :1])
-        o, l = _attend(
-            heads[rows][:, None], k_cache, v_cache, slots.flatten(), size, hidden[:, None], scale, softcap
-        )
-        _merge(out, lse, rows, o[:, 0], l[:, 0])
     return out.to(q.dtype).flatten(1, 2)
 
 
@@ -286,7 +285,15 @@ def extend_attention(
     batches, blocks, end, position = tasks.plans[key]
     heads = q.unflatten(1, (k_cache.shape[1], -1))
     if softcap is None:
-        o, l = tree_attention(q, k_cache[slots], v_cache[slots], end, scale=scale, window=window, plan=blocks)
+        o, l = tree_attention(
+            q,
+            k_cache.index_select(0, slots),
+            v_cache.index_select(0, slots),
+            end,
+            scale=scale,
+            window=window,
+            plan=blocks,
+        )
         out, lse = o.to(l.dtype).view(heads.shape), l.view(heads.shape[:3])
     else:
         rows = torch.arange(len(end), device=q.device)
@@ -301,35 +308,32 @@ def extend_attention(
 
 
 def _merge_batch(out, lse, heads, k_cache, v_cache, batch: _Batch, scale, softcap, position, window) -> None:
-    """Adds a batch of paths, whose keys stand at positions 0, 1, ..., to what its queries have seen."""
-    hidden = None
+    """Adds a batch of paths, whose keys stand at positions 0, 1, ..., to what its queries have seen:
+    out += (o - out) e^l / (e^l + e^lse), in place. Every query has seen a key, its own."""
+    hidden = blind = None
     if batch.ragged or window is not None:
         place = torch.arange(batch.size, device=out.device)
         hidden = (place >= batch.count[:, None])[:, None]  # [B, 1, K]
         if window is not None:
             hidden = hidden | (place <= (position[batch.queries] - window)[:, :, None])
+            blind = hidden.all(-1)  # a softmax over nothing
+            hidden = hidden & ~blind[..., None]
     o, l = _attend(heads[batch.queries], k_cache, v_cache, batch.slots, batch.size, hidden, scale, softcap)
-    _merge(out, lse, batch.rows, o.flatten(0, 1)[batch.live], l.flatten(0, 1)[batch.live])
-
-
-def _merge(out: Tensor, lse: Tensor, rows: Tensor, o: Tensor, l: Tensor) -> None:
-    """Softmax over two sets of keys from the softmax over each: out += (o - out) e^l / (e^l + e^lse)."""
-    so_far = lse[rows]
-    share = torch.where(l == -math.inf, 0.0, torch.sigmoid(l - so_far))  # -inf - -inf: nothing seen at all
-    out[rows] = torch.lerp(out[rows], o, share[..., None])
-    lse[rows] = torch.logaddexp(so_far, l)
+    if blind is not None:
+        l = l.masked_fill(blind[..., None, None], -math.inf)
+    o, l = o.flatten(0, 1)[batch.live], l.flatten(0, 1)[batch.live]
+    so_far = lse[batch.rows]
+    out.index_copy_(0, batch.rows, torch.lerp(out[batch.rows], o, torch.sigmoid(l - so_far)[..., None]))
+    lse.index_copy_(0, batch.rows, torch.logaddexp(so_far, l))
 
 
 def _attend(q, k_cache, v_cache, slots, size: int, hidden, scale: float, softcap) -> tuple[Tensor, Tensor]:
     """q [B, Q, Hkv, G, D], slots [B * size], hidden [B, 1 or Q, size] -> o as q, lse [B, Q, Hkv, G]."""
     batch, queries, kv, group, dim = q.shape
-    k, v = (x[slots].view(batch, size, kv, dim).transpose(1, 2) for x in (k_cache, v_cache))
+    k, v = (x.index_select(0, slots).view(batch, size, kv, dim).transpose(1, 2) for x in (k_cache, v_cache))
     q = q.permute(0, 2, 1, 3, 4).reshape(batch, kv, queries * group, dim)
     wide = _wide(q)
-    blind = None
     if hidden is not None:
-        blind = hidden.all(-1)  # a softmax over nothing
-        hidden = hidden & ~blind[..., None]
         if hidden.shape[1] > 1:
             hidden = hidden.repeat_interleave(group, 1)
         hidden = hidden[:, None]  # [B, 1, Q * G or 1, size]
@@ -350,10 +354,7 @@ def _attend(q, k_cache, v_cache, slots, size: int, hidden, scale: float, softcap
         lse = score.logsumexp(-1)
         o = (score - lse[..., None]).exp() @ v.to(wide)
     o = o.view(batch, kv, queries, group, dim).permute(0, 2, 1, 3, 4)
-    lse = lse.view(batch, kv, queries, group).permute(0, 2, 1, 3)
-    if blind is not None:
-        lse = lse.masked_fill(blind[:, :, None, None], -math.inf)
-    return o, lse
+    return o, lse.view(batch, kv, queries, group).permute(0, 2, 1, 3)
 
 
 def _signed(value: int, bits: int) -> int:
@@ -380,10 +381,9 @@ def uniform_bits(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
 
 
 def exponential(bits: Tensor) -> Tensor:
-    """E = -log(1 - u) in fp32, to 2e-7 of itself for small u too, which is where winners come from."""
-    u = ((bits & 0x7FFFFFFF).float() + 0.5).mul_(2.0**-31).clamp_(max=BELOW_ONE)
-    series = u * (1.0 + u * (0.5 + u * (1 / 3 + u * 0.25)))
-    return torch.where(u < SMALL_U, series, -torch.log(1.0 - u))
+    """E = -log(1 - u), exact to fp32 for small u, which is where winners come from."""
+    u = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(TO_UNIT)
+    return u.neg_().log1p_().neg_()
 
 
 def sampling_floor(
@@ -417,7 +417,7 @@ def sample(
     l = logits.float() * torch.where(hot, 1.0 / temperature, 1.0)[:, None]
     score = l
     if logits.device.type != "cpu" or bool(hot.any()):
-        noise = torch.log(exponential(uniform_bits(seed, position, logits.shape[1])))
+        noise = exponential(uniform_bits(seed, position, logits.shape[1])).log_()
         score = l - noise.mul_(hot[:, None])
     if floor is not None:
         score = score.masked_fill(logits.float() < floor[:, None], -math.inf)
