@@ -55,17 +55,19 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """per_sequence_seed: draw each rollout from a seed of its own, as several ranks and servers always do:
-    one process then samples what the same run samples on many.
+    """Each rollout is drawn from a seed of its own: one process samples what the same run samples on many.
 
-    engine: in this process, "hf" or "hf-batching" (transformers' continuous batching); "http" on `servers`,
-    addresses such as http://HOST:PORT. The rest is for servers:
+    engine: "in_process" samples in this process, with a fused copy of the weights; "http" on `servers`,
+    addresses such as http://HOST:PORT. batch_size: rows in flight at once.
 
-    weights_dir: shared folder that new weights go through; None: weights/ in the run folder. max_in_flight:
-    requests under way at once, of one rank. request_timeout: seconds for one answer; retry_timeout: seconds
-    that one request is tried for before the run stops. probe_tolerance: largest gap of a log-prob between
-    trainer and server right after new weights; None: 1e-3, in half precision 0.5. mix_weights: a rollout
-    under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
+    In this process: kv_memory: share of the free device memory for keys and values (on a CPU of all memory, 4
+    GiB at most). cuda_graphs: capture decoding steps; false runs the same steps one launch at a time.
+
+    For servers: weights_dir: shared folder that new weights go through; None: weights/ in the run folder.
+    max_in_flight: requests under way at once, of one rank. request_timeout: seconds for one answer;
+    retry_timeout: seconds that one request is tried for before the run stops. probe_tolerance: largest gap of
+    a log-prob between trainer and server right after new weights; None: 1e-3, in half precision 0.5.
+    mix_weights: a rollout under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
     with weights one step old, which objective.importance_ratio_cap corrects; the step after an evaluation or
     a checkpoint is sampled with the present ones.
     """
@@ -77,8 +79,9 @@ class RolloutConfig:
     max_turn_length: int = 128
     max_prompt_length: int = 1024
     batch_size: int = 256
-    per_sequence_seed: bool = False
-    engine: Literal["hf", "hf-batching", "http"] = "hf"
+    engine: Literal["in_process", "http"] = "in_process"
+    kv_memory: float = 0.3
+    cuda_graphs: bool = True
     servers: list[str] = field(default_factory=list)
     weights_dir: str | None = None
     max_in_flight: int = 64
@@ -183,10 +186,17 @@ class Config:
 
 RENAMED_KEYS = {  # old key: what it is called now
     "objective.engine_correction_cap": "objective.importance_ratio_cap",
-    "rollout.row_seeds": "rollout.per_sequence_seed",
     "env.train_file": "env.settings.train_path",
     "env.validation_file": "env.settings.validation_path",
     "env.test_file": "env.settings.test_path",
+}
+DROPPED_KEYS = {  # old key: why there is none any more
+    "rollout.per_sequence_seed": "every rollout is drawn from a seed of its own: remove it",
+    "rollout.row_seeds": "every rollout is drawn from a seed of its own: remove it",
+}
+RENAMED_VALUES = {  # (key, old value): what it is called now
+    ("rollout.engine", "hf"): "in_process",
+    ("rollout.engine", "hf-batching"): "in_process",
 }
 
 
@@ -274,6 +284,8 @@ def _nearest(key: str, known) -> str:
 def _unknown(source: str, key: str, known: Sequence[str]) -> ConfigError:
     if key in RENAMED_KEYS:
         return ConfigError(f"{source}: {key!r} was renamed to {RENAMED_KEYS[key]!r}")
+    if key in DROPPED_KEYS:
+        return ConfigError(f"{source}: {key!r} is no key any more: {DROPPED_KEYS[key]}")
     return ConfigError(f"{source}: unknown key {key!r}; nearest: {_nearest(key, known)}")
 
 
@@ -287,16 +299,23 @@ def _check_keys(values: dict[str, Any], source: str) -> None:
             for leaf in value:
                 if f"{key}.{leaf}" not in known:
                     raise _unknown(source, f"{key}.{leaf}", known)
+                _check_value(source, f"{key}.{leaf}", value[leaf])
         elif key not in known:
             raise _unknown(source, key, [*known, *sections])
 
 
+def _check_value(source: str, key: str, value: Any) -> None:
+    if isinstance(value, str) and (new := RENAMED_VALUES.get((key, value))):
+        raise ConfigError(f"{source}: {key}={value!r} was renamed to {new!r}")
+
+
 def _check_words(words: Sequence[str]) -> None:
     known = all_keys()
-    for word in words:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
         if not word.startswith("--") or word in ("--help",):
             continue
-        key = word[2:].split("=")[0]
+        key, equals, value = word[2:].partition("=")
+        _check_value("command line", key, value if equals else following)
         # env.settings.x reaches into a free mapping that the environment itself checks.
         if key not in known and not key.startswith("env.settings."):
             raise _unknown("command line", key, known)
@@ -375,6 +394,8 @@ def _check_values(config: Config, source: str) -> None:
         (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", config.checkpoint.keep_last, "at least 1"),
         (r.max_turns >= 1, "rollout.max_turns", r.max_turns, "at least 1"),
         (r.engine != "http" or r.servers != [], "rollout.servers", r.servers, "[http://HOST:PORT, ...]"),
+        (0 < r.kv_memory <= 1, "rollout.kv_memory", r.kv_memory, "a share in (0, 1]"),
+        (r.batch_size >= 1, "rollout.batch_size", r.batch_size, "at least 1"),
         (r.max_in_flight >= 1, "rollout.max_in_flight", r.max_in_flight, "at least 1"),
     ]
     for good, key, value, want in checks:

@@ -25,7 +25,7 @@ from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
-from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.rollout import InProcessEngine, Rollout, RolloutLimits, collect_rollouts
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
 # environment's answers are short; models of the real benchmarks think before they call.
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length, context)
     roll = partial(
         collect_rollouts,
-        HFEngine(model.to(args.device).eval()),
+        InProcessEngine(model, device=torch.device(args.device), kv_memory=0.5),
         env,
         chat,
         temperature=args.temperature,

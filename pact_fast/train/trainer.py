@@ -364,6 +364,7 @@ class Trainer:
         if path is None:
             return 0, None
         record = self.checkpoints.load(path, self.model, self.optimizer)
+        self.engine.weights_changed()
         vars(self).update(record["state"]["counters"])
         self.overlap.restore(record["step"], record["state"].get("ahead"))
         for key, (then, now) in changed_keys(record["state"]["config"], self.config.to_dict()).items():
@@ -397,7 +398,6 @@ class Trainer:
                 seed=self.config.run.seed,
                 batch_size=self.config.rollout.batch_size,
                 sharded=self.sharded,
-                per_sequence_seed=self.config.rollout.per_sequence_seed,
             )
 
     def final_scores(self) -> tuple[dict[str, dict[str, Any]], Rollout]:

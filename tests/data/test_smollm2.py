@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from pact_fast.rollout.in_process.hf import HFEngine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast.cli import main
 from pact_fast.config import load_config
 from pact_fast.data.chat import ChatFormat
 from pact_fast.envs.base import make_env
-from pact_fast.rollout.in_process.hf import HFEngine
 from pact_fast.rollout.loop import RolloutLimits, collect_rollouts
 from pact_fast.train.trainer import Trainer
 from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE

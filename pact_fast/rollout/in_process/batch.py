@@ -31,11 +31,15 @@ class DenseBatch:
         self.attention = DenseDecode(runner, [row.kv for row in rows if row.kv is not None], steps)
         self.places = [rows[i] if i >= 0 else None for i in self.attention.slots]
         self.size, self.alive = len(self.places), len(rows)
-        known = [(row.tokens[-1], len(row.tokens) - 1, row.seed, row.temperature) if row else (0, 0, 0, 0.0)
-                 for row in self.places]
+        known = [
+            (row.tokens[-1], len(row.tokens) - 1, row.seed, row.temperature) if row else (0, 0, 0, 0.0)
+            for row in self.places
+        ]
         ids, positions, seeds, temperatures = zip(*known, strict=True)
         device = runner.weights.device
-        self.ids, self.positions, self.seeds = (torch.tensor(x, device=device) for x in (ids, positions, seeds))
+        self.ids, self.positions, self.seeds = (
+            torch.tensor(x, device=device) for x in (ids, positions, seeds)
+        )
         self.temperatures = torch.tensor(temperatures, dtype=torch.float32, device=device)
 
     @property
@@ -54,7 +58,7 @@ class DenseBatch:
         self.ids = tokens.clamp(min=0)
         return tokens.tolist(), logprobs.tolist()
 
-    def drain(self) -> None:
+    def drain(self) -> tuple[list[int], list[float]] | None:
         """What was sampled and not looked at yet: nothing, the host waits for every step."""
         return None
 

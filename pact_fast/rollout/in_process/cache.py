@@ -1,10 +1,10 @@
 """Pages of keys and values, shared by every row whose tokens begin alike.
 
-A page holds the keys and values of PAGE tokens, all layers. Full pages are nodes of a trie: a page is known by
-the page before it and its own tokens, so equal prefixes are one page however many rows use it. Pages are
+A page holds the keys and values of PAGE tokens, all layers. Full pages are nodes of a trie: a page is known
+by the page before it and its own tokens, so equal prefixes are one page however many rows use it. Pages are
 counted by reference; one that nobody uses any more stays findable until its place is needed, least recently
-used first. There is a root a namespace (salt) and weight version: after `forget` no page that was filled before is
-ever found again.
+used first. There is a root a namespace (salt) and weight version: after `forget` no page that was filled
+before is ever found again.
 
     root -> [system prompt] -> [system prompt] -> [prompt A] -> [prompt A] -> row 0's own pages
                                                             \\-> row 1's own pages

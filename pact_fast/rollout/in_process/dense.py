@@ -46,7 +46,10 @@ class DenseDecode:
         batch, self.shape = len(self.slots), (f.kv_heads, len(groups), width, f.heads // f.kv_heads)
         shared = [depth * PAGE for depth, members in groups for _ in range(width)]
         counts = [sequences[i].count if i >= 0 else 0 for i in self.slots]
-        tails = [count - before if i >= 0 else 0 for count, before, i in zip(counts, shared, self.slots)]
+        tails = [
+            count - before if i >= 0 else 0
+            for count, before, i in zip(counts, shared, self.slots, strict=True)
+        ]
         self.start = -(-max(tails) // BLOCK) * BLOCK
         self.column, self.stored = self.start, [self.start] * batch
         # Page 0 is padding and zero: what is masked must still be a number.
@@ -103,7 +106,7 @@ class DenseDecode:
             self._window_masks[window] = mask[:, None]  # [B, 1, keys]
 
     def attend(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        f, (kv_heads, groups, width, repeat) = self.family, self.shape
+        f, (kv_heads, _, width, repeat) = self.family, self.shape
         batch, dim, at = len(q), f.head_dim, self.column - 1
         keys, values = self._new[spec.index]
         keys.select(2, at).copy_(k.transpose(0, 1))
@@ -134,7 +137,9 @@ class DenseDecode:
 
     def store(self, places: Sequence[int]) -> None:
         """Copies the keys and values of these places' new tokens to their pages, which must cover them."""
-        at, columns, slots = [], [], []
+        at: list[int] = []
+        columns: list[int] = []
+        slots = []
         for place in places:
             sequence, first = self.sequences[self.slots[place]], self.stored[place]
             new = self.column - first

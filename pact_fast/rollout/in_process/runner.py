@@ -9,7 +9,7 @@ Legend: T tokens, H hidden, D head_dim, Hq query heads, Hkv key heads, B rows, L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,9 @@ class Runner:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if f.logits_scale != 1.0:
             logits = logits * f.logits_scale
-        return logits if f.logits_softcap is None else torch.tanh(logits / f.logits_softcap) * f.logits_softcap
+        return (
+            logits if f.logits_softcap is None else torch.tanh(logits / f.logits_softcap) * f.logits_softcap
+        )
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self.family.norm_eps)
@@ -138,7 +140,7 @@ class Runner:
         return qk[:, : f.heads], qk[:, f.heads :], v
 
     def _add(
-        self, x: Tensor, y: Tensor, weight_t: Tensor, bias: Tensor | None, post_norm: Tensor | None
+        self, x: Tensor, y: Tensor, weight_t: Any, bias: Tensor | None, post_norm: Tensor | None
     ) -> Tensor:
         """x + s post_norm(y @ weight_t + bias)."""
         if self.simple and bias is None:
@@ -183,7 +185,10 @@ class Runner:
         last = torch.tensor([len(chunk.ids) for chunk in chunks]).cumsum(0) - 1
         attention = PagedPrefill(self, chunks)
         return self.forward(
-            torch.tensor(ids, device=device), torch.tensor(positions, device=device), attention, last.to(device)
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            attention,
+            last.to(device),
         )
 
 
@@ -274,5 +279,3 @@ def slots_of(pages: Sequence[int], start: int, end: int) -> Tensor:
     first = start // PAGE
     slots = torch.tensor(pages[first : -(-end // PAGE)])[:, None] * PAGE + torch.arange(PAGE)
     return slots.flatten()[start - first * PAGE : end - first * PAGE]
-
-

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pact_fast.kernels.decode.ops import sample
-from pact_fast.rollout.in_process.cache import PAGE, PagedTokens, PageTable
 from pact_fast.rollout.in_process.batch import STEPS, DenseBatch
+from pact_fast.rollout.in_process.cache import PAGE, PagedTokens, PageTable
 from pact_fast.rollout.in_process.runner import Chunk, KVPool, Runner
 from pact_fast.rollout.in_process.weights import EngineWeights
 
@@ -37,10 +37,11 @@ NOT_FINITE = "the model's logits are not finite: its weights are damaged or its 
 class Request:
     """One row to sample, and what became of it.
 
-    tokens: prompt and sampled tokens. token_ids, logprobs: as sampled, at temperature 1 where temperature is 0
-    (greedy). finish_reason: "stop", "length", "abort" (cancelled) or "error" (then `error` says why).
-    versions: weight versions that sampled its first and its last token. salt: prefixes are shared with rows of
-    the same salt alone. session: keeps the row's keys for a longer prompt under the same name.
+    tokens: prompt and sampled tokens. token_ids, logprobs: as sampled, at temperature 1 where temperature is
+    0 (greedy). finish_reason: "stop", "length", "abort" (cancelled) or "error" (then `error` says why).
+    versions: weight versions that sampled its first and its last token. salt: prefixes are shared with rows
+    of the same salt alone. session: keeps the row's keys for a longer prompt under the same name. on_end: is
+    called when it has ended.
     """
 
     prompt: list[int]
@@ -131,7 +132,7 @@ class Scheduler:
             self.table.release(kv)
         self.parked.clear()
 
-    def fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: BaseException) -> None:
         """After a step that broke: its rows end with the error, the cache starts empty."""
         rows = self.running + [row for row in self.waiting if row.kv is not None]
         self.waiting = deque(row for row in self.waiting if row.kv is None)
@@ -188,13 +189,13 @@ class Scheduler:
                 continue
             start = kv.count
             kv.count += take
+            # In the trie before it is computed: rows of the same pass may build on it.
+            self.table.index(kv, row.tokens)
             if leader and take:  # the page that is not full belongs to one row
                 copies.append((leader[1].pages[-1], kv.pages[-1]))
             elif not leader:
                 chunks.append(Chunk(row.tokens[start : kv.count], start, list(kv.pages)))
                 budget -= take
-            # In the trie before it is computed: rows of the same pass may build on it.
-            self.table.index(kv, row.tokens)
             if kv.count < size:
                 break
             leaders.setdefault(key, (len(chunks) - 1, kv))
@@ -247,11 +248,12 @@ class Scheduler:
     def _room_for(self, rows: Sequence[Request], steps: int) -> bool:
         """Gives every row pages for `steps` more tokens, or none to any."""
         ends = [len(row.tokens) + min(steps, row.max_tokens - len(row.token_ids)) for row in rows]
-        more = sum(-(-end // PAGE) - len(row.kv.pages) for row, end in zip(rows, ends) if row.kv)
+        kvs = [row.kv for row in rows if row.kv is not None]
+        more = sum(-(-end // PAGE) - len(kv.pages) for kv, end in zip(kvs, ends, strict=True))
         if not self._available(more, None):
             return False
-        for row, end in zip(rows, ends, strict=True):
-            self.table.extend(row.kv, end)
+        for kv, end in zip(kvs, ends, strict=True):
+            self.table.extend(kv, end)
         return True
 
     def _collect(self, sampled: tuple[list[int], list[float]] | None) -> None:
@@ -261,7 +263,7 @@ class Scheduler:
             return
         ended = [
             place
-            for place, (row, token, logprob) in enumerate(zip(batch.places, *sampled))
+            for place, (row, token, logprob) in enumerate(zip(batch.places, *sampled, strict=True))
             if row is not None and not self._record(row, token, logprob)
         ]
         if ended:
@@ -271,9 +273,10 @@ class Scheduler:
         """Takes the rows at these places, which have ended, out of the batch."""
         batch = self.batch
         assert batch is not None
-        batch.store([place for place in places if batch.places[place].finish_reason in DONE])
-        for place in places:
-            row, batch.places[place] = batch.places[place], None
+        rows = [(place, row) for place in places if (row := batch.places[place]) is not None]
+        batch.store([place for place, row in rows if row.finish_reason in DONE])
+        for place, row in rows:
+            batch.places[place] = None
             self._leave(row, row.finish_reason)
         batch.alive -= len(places)
         if not batch.alive:
@@ -363,9 +366,11 @@ class Scheduler:
             self.joining.remove(row)
             self._leave(row, "abort")
         if self.batch:
-            ended = [p for p, row in enumerate(self.batch.places) if row is not None and row.cancelled]
-            for place in ended:
-                self.batch.places[place].finish_reason = "abort"
+            ended = []
+            for place, held in enumerate(self.batch.places):
+                if held is not None and held.cancelled:
+                    held.finish_reason = "abort"
+                    ended.append(place)
             if ended:
                 self._remove(ended)
 
