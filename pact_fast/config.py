@@ -67,9 +67,9 @@ class RolloutConfig:
     max_in_flight: requests under way at once, of one rank. request_timeout: seconds for one answer;
     retry_timeout: seconds that one request is tried for before the run stops. probe_tolerance: largest gap of
     a log-prob between trainer and server right after new weights; None: 1e-3, in half precision 0.5.
-    mix_weights: a rollout under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
-    with weights one step old, which objective.importance_ratio_cap corrects; the step after an evaluation or
-    a checkpoint is sampled with the present ones.
+    mix_weights: a rollout under way may go on with new weights. overlap: sample a step's rollouts while the
+    step before is trained, with weights one step old, which objective.importance_ratio_cap corrects; the step
+    after an evaluation or a checkpoint is sampled with the present ones.
     """
 
     num_generations: int = 8

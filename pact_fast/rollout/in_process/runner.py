@@ -9,7 +9,7 @@ Legend: T tokens, H hidden, D head_dim, Hq query heads, Hkv key heads, B rows, L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F

@@ -135,7 +135,7 @@ class EngineWeights:
             self._fill_rope()
 
     def _fill_rope(self) -> None:
-        """cos and sin [context_length + SPARE, 1, D]: 1 and 0 past rotary_dim, the rotation's signs in sin."""
+        """cos and sin [context_length + SPARE, 1, D]: 1 and 0 past rotary_dim, the turn's signs in sin."""
         family = self.family
         for spec in family.layers:
             if spec.rope in self.rope or (found := rope_frequencies(self.model, spec)) is None:
