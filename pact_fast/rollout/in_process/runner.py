@@ -103,14 +103,8 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V], fp32 or wider."""
-        w, f = self.weights, self.family
-        logits = F.linear(hidden, w.head, w.head_bias)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if f.logits_scale != 1.0:
-            logits = logits * f.logits_scale
-        return (
-            logits if f.logits_softcap is None else torch.tanh(logits / f.logits_softcap) * f.logits_softcap
-        )
+        logits = F.linear(hidden, self.weights.head, self.weights.head_bias)
+        return self.family.logits(logits if logits.dtype == torch.float64 else logits.float())
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self.family.norm_eps)
