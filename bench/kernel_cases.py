@@ -112,12 +112,13 @@ def gradient_cases(dtype: str) -> Iterator[Case]:
 
 
 def default_cases() -> list[Case]:
-    from tree_kernel_cases import tree_cases  # it needs Case
+    from decode_cases import decode_cases  # they need Case
+    from tree_kernel_cases import tree_cases
 
     tree = [*tree_cases("bf16", 128), *tree_cases("bf16", 64)]
     # Of the windowed kernels the one whose tile has the least room: it spilled with a larger one.
     tree += [c for c in tree_cases("bf16", 128, window=True) if c.arch == 90 and " dkv " in c.name]
-    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16"), *tree]
+    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16"), *tree, *decode_cases()]
 
 
 def all_cases() -> list[Case]:
@@ -125,8 +126,9 @@ def all_cases() -> list[Case]:
         case for dtype in ("fp16", "fp32") for case in (*row_cases(dtype, QWEN_VOCAB), *gradient_cases(dtype))
     ]
     small = [case for dtype in ("bf16", "fp32") for case in row_cases(dtype, 512)]
+    from decode_cases import more_decode_cases
     from tree_kernel_cases import tree_cases
 
     tree = [*tree_cases("fp16", 128), *tree_cases("bf16", 96), *tree_cases("bf16", 256)]
     tree += tree_cases("bf16", 128, window=True)
-    return default_cases() + more + small + list(row_cases("bf16", 50_257)) + tree
+    return default_cases() + more + small + list(row_cases("bf16", 50_257)) + tree + more_decode_cases()

@@ -6,7 +6,7 @@ import torch
 from kernel_cases import Case
 
 from pact_fast.kernels.tree_attention.tiles import Tile, choose_tiles
-from pact_fast.kernels.tree_attention.triton import attention as kernels
+from pact_fast.kernels.tree_attention import triton as kernels
 
 KERNELS = {
     "fwd": kernels.tree_attention_fwd_kernel,

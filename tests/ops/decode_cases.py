@@ -35,7 +35,7 @@ class Cache:
 
 
 def trie_batch(cache: Cache, lengths, row_specs):
-    """Segments of the given lengths, and rows of (path of segment numbers, own tokens, room for own tokens)."""
+    """Segments of the given lengths, and rows of (path of segment numbers, own tokens, room for them)."""
     segments = [Segment(cache.take(n), n) for n in lengths]
     rows = [RowPath(path, cache.take(own, room)) for path, own, room in row_specs]
     return (
