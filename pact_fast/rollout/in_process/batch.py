@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from pact_fast.kernels.decode.ops import sample
+from pact_fast.kernels.decode import reference
 from pact_fast.rollout.in_process.dense import DenseDecode
 from pact_fast.rollout.in_process.runner import Runner
 
 if TYPE_CHECKING:
     from pact_fast.rollout.in_process.scheduler import Request
 
+NOISE = 2**16  # numbers made at a time
 STEPS = 64  # tokens a row until a batch is made anew
 
 
@@ -41,6 +43,8 @@ class DenseBatch:
             torch.tensor(x, device=device) for x in (ids, positions, seeds)
         )
         self.temperatures = torch.tensor(temperatures, dtype=torch.float32, device=device)
+        self._hot = any(temperatures)
+        self._noise: list[Tensor] = []
 
     @property
     def rows(self) -> list[Request]:
@@ -52,11 +56,22 @@ class DenseBatch:
         self.attention.begin(self.positions)
         hidden = self.runner.forward(self.ids, self.positions, self.attention, None)
         self.positions += 1
-        tokens, logprobs, _ = sample(
-            self.runner.logits(hidden), self.temperatures, None, None, None, self.seeds, self.positions
+        if self._hot and not self._noise:
+            self._make_noise()
+        noise = self._noise.pop() if self._hot else None
+        tokens, logprobs, _ = reference.sample(
+            self.runner.logits(hidden), self.temperatures, None, self.seeds, self.positions, noise
         )
         self.ids = tokens.clamp(min=0)
         return tokens.tolist(), logprobs.tolist()
+
+    def _make_noise(self) -> None:
+        """The noise of the next steps' draws: a small batch is all overhead."""
+        vocabulary = self.runner.family.vocabulary
+        steps = max(1, min(NOISE // (self.size * vocabulary), self.left + 1))
+        positions = self.positions + torch.arange(steps - 1, -1, -1)[:, None]
+        noise = reference.log_exponential(self.seeds.repeat(steps), positions.flatten(), vocabulary)
+        self._noise = list(noise.view(steps, self.size, vocabulary))
 
     def drain(self) -> tuple[list[int], list[float]] | None:
         """What was sampled and not looked at yet: nothing, the host waits for every step."""

@@ -61,12 +61,11 @@ class DenseDecode:
             if tails[b]:
                 own[b, self.start - tails[b] :] = slots_of(sequences[i].pages, shared[b], counts[b])
         layers = data.shape[0]
-        heads = (2 * layers, f.kv_heads)
-        self.prefix = self._gather(prefix).view(layers, 2, f.kv_heads * len(groups), -1, f.head_dim)
+        shape = (layers, 2, f.kv_heads * len(groups), -1, f.head_dim)
+        self.prefix = self._gather(prefix).contiguous().view(shape)
         columns = self.start + -(-steps // BLOCK) * BLOCK
-        self.own = data.new_zeros(*heads, batch, columns, f.head_dim)
-        self.own[:, :, :, : self.start] = self._gather(own)
-        self.own = self.own.view(layers, 2, f.kv_heads, batch, columns, f.head_dim)
+        self.own = runner.scratch(layers, 2, f.kv_heads, batch, columns, f.head_dim)
+        self.own.flatten(0, 1)[:, :, :, : self.start] = self._gather(own)
         # Position of every key of a row, -1 where there is none; new columns count on.
         before, after = torch.arange(max(shared)), torch.arange(-self.start, columns - self.start)
         shared_t, counts_t, tails_t = (torch.tensor(x)[:, None] for x in (shared, counts, tails))
@@ -86,7 +85,7 @@ class DenseDecode:
         """Slots [n, S] -> their keys and values [2 L, Hkv, n, S, D]."""
         data = self.pool.data
         flat = data.flatten(0, 1).index_select(1, slots.flatten().to(data.device))
-        return flat.unflatten(1, tuple(slots.shape)).permute(0, 3, 1, 2, 4).contiguous()
+        return flat.unflatten(1, tuple(slots.shape)).permute(0, 3, 1, 2, 4)
 
     def begin(self, positions: Tensor) -> None:
         """Before each forward: the columns that attention reads, and masks of sliding windows."""

@@ -8,6 +8,7 @@ Legend: T tokens, H hidden, D head_dim, Hq query heads, Hkv key heads, B rows, L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -66,10 +67,23 @@ class Runner:
     def __init__(self, weights: EngineWeights, pool: KVPool) -> None:
         self.weights, self.pool, self.family = weights, pool, weights.family
         f = self.family
+        self._scratch: Tensor | None = None
         self.simple = f.residual_scale == 1.0 and f.post_norms is None
         self.embedding_scale = f.embedding_scale
         if f.rounded_embedding_scale:
             self.embedding_scale = float(torch.tensor(f.embedding_scale, dtype=weights.dtype))
+
+    def scratch(self, *shape: int) -> Tensor:
+        """A tensor that stays as it was left, so always finite: masked places meet products, too. The next
+        call takes its memory."""
+        size = math.prod(shape)
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = torch.zeros(size, dtype=self.weights.dtype, device=self.weights.device)
+        return self._scratch[:size].view(shape)
+
+    def wipe(self) -> None:
+        """Rows had keys that are not finite: no scratch is used again."""
+        self._scratch = None
 
     # -- forward -----------------------------------------------------------------------------------
 

@@ -37,8 +37,8 @@ NOT_FINITE = "the model's logits are not finite: its weights are damaged or its 
 class Request:
     """One row to sample, and what became of it.
 
-    tokens: prompt and sampled tokens. token_ids, logprobs: as sampled, at temperature 1 where temperature is
-    0 (greedy). finish_reason: "stop", "length", "abort" (cancelled) or "error" (then `error` says why).
+    tokens: prompt and sampled tokens. token_ids, logprobs: those sampled, at temperature 1 where temperature
+    is 0 (greedy). finish_reason: "stop", "length", "abort" (cancelled) or "error" (then `error` says why).
     versions: weight versions that sampled its first and its last token. salt: prefixes are shared with rows
     of the same salt alone. session: keeps the row's keys for a longer prompt under the same name. on_end: is
     called when it has ended.
@@ -51,7 +51,6 @@ class Request:
     stops: frozenset[int]
     salt: str = ""
     session: Hashable = None
-    token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
     error: str = ""
@@ -60,8 +59,14 @@ class Request:
     on_end: Callable[[Request], None] | None = None
 
     def __post_init__(self) -> None:
-        self.tokens = [*self.prompt, *self.token_ids]
+        self.tokens = list(self.prompt)
+        self.end = len(self.prompt) + self.max_tokens
         self.kv: PagedTokens | None = None
+        self.version: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
 
     @property
     def ended(self) -> bool:
@@ -247,7 +252,7 @@ class Scheduler:
 
     def _room_for(self, rows: Sequence[Request], steps: int) -> bool:
         """Gives every row pages for `steps` more tokens, or none to any."""
-        ends = [len(row.tokens) + min(steps, row.max_tokens - len(row.token_ids)) for row in rows]
+        ends = [min(len(row.tokens) + steps, row.end) for row in rows]
         kvs = [row.kv for row in rows if row.kv is not None]
         more = sum(-(-end // PAGE) - len(kv.pages) for kv, end in zip(kvs, ends, strict=True))
         if not self._available(more, None):
@@ -301,7 +306,7 @@ class Scheduler:
                 raise ValueError(f"{name} holds {bad}: token ids are integers from 0 to {vocabulary - 1}")
         if not (row.temperature >= 0 and math.isfinite(row.temperature)):
             raise ValueError(f"temperature={row.temperature}: give a number >= 0 (0 is greedy)")
-        row.max_tokens = min(row.max_tokens, context - len(row.prompt))
+        row.end = min(row.end, context)
         row.seed %= 2**63
 
     def _find(self, row: Request, limit: int) -> PagedTokens:
@@ -315,18 +320,22 @@ class Scheduler:
 
     def _record(self, row: Request, token: int, logprob: float) -> bool:
         """Appends a sampled token; True while the row goes on."""
-        if not math.isfinite(logprob):
+        if logprob != logprob:  # NaN
             row.error, row.finish_reason = NOT_FINITE, "error"
             return False
-        row.token_ids.append(token)
-        row.tokens.append(token)
+        tokens = row.tokens
+        tokens.append(token)
         row.logprobs.append(logprob)
-        row.versions = (row.versions[0] if row.versions else self.version, self.version)
+        if row.version is not self.version:
+            row.version = self.version
+            row.versions = (row.versions[0] if row.versions else self.version, self.version)
         if token in row.stops:
             row.finish_reason = "stop"
-        elif len(row.token_ids) >= row.max_tokens:
+        elif len(tokens) >= row.end:
             row.finish_reason = "length"
-        return not row.finish_reason
+        else:
+            return True
+        return False
 
     def _leave(self, row: Request, reason: str) -> None:
         """A row's end: its full pages stay findable, a session's pages stay its own."""
@@ -334,7 +343,9 @@ class Scheduler:
         self._hold = False
         kv, row.kv = row.kv, None
         if kv is not None and reason == "error":
-            self.pool.wipe(self.table.discard(kv))  # NaN there would reach whoever gets the page next
+            # NaN would reach whoever gets the page next.
+            self.pool.wipe(self.table.discard(kv))
+            self.runner.wipe()
         elif kv is not None:
             self.table.index(kv, row.tokens)
             if row.session is None or reason not in DONE:
