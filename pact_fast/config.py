@@ -311,7 +311,7 @@ def _check_value(source: str, key: str, value: Any) -> None:
 
 def _check_words(words: Sequence[str]) -> None:
     known = all_keys()
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if not word.startswith("--") or word in ("--help",):
             continue
         key, equals, value = word[2:].partition("=")

@@ -54,7 +54,7 @@ class DenseBatch:
         """One token a place -> (token, log-prob) of each; NaN where the logits are not finite."""
         self.left -= 1
         self.attention.begin(self.positions)
-        hidden = self.runner.forward(self.ids, self.positions, self.attention, None)
+        hidden = self.runner.forward(self.ids, self.attention)
         self.positions += 1
         if self._hot and not self._noise:
             self._make_noise()

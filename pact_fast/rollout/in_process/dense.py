@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pact_fast.rollout.in_process.cache import PAGE, PagedTokens
 from pact_fast.rollout.in_process.runner import Runner, slots_of
-from pact_fast.tree.families import LayerSpec
+from pact_fast.rollout.in_process.weights import LayerWeights
 
 BLOCK = 8  # columns that attention widens by
 WASTE = 1.25  # padded rows over rows, above which groups are cut
@@ -77,6 +78,8 @@ class DenseDecode:
         repeated = hidden.repeat(f.kv_heads, 1)[:, None]  # [Hkv B, 1, keys]
         self.prefix_mask, self.own_mask = repeated[..., : max(shared)], repeated[..., max(shared) :]
         self.windows = {spec.window for spec in self.family.layers if spec.window is not None}
+        self.rope = {key: table for key, table in runner.weights.rope.items() if key is not None}
+        self._angles: dict[str, tuple[Tensor, Tensor]] = {}
         self._ready, self._zero = -1, data.new_zeros(1, 1, 1)
         self._window_masks: dict[int | None, Tensor] = {}
         self._new = [(kv[0], kv[1]) for kv in self.own]  # per layer [Hkv, B, columns, D] of keys and values
@@ -88,8 +91,12 @@ class DenseDecode:
         return flat.unflatten(1, tuple(slots.shape)).permute(0, 3, 1, 2, 4)
 
     def begin(self, positions: Tensor) -> None:
-        """Before each forward: the columns that attention reads, and masks of sliding windows."""
+        """Before each forward: angles, the columns that attention reads, and masks of sliding windows."""
         self.column += 1
+        for key, (cos, sin) in self.rope.items():
+            sines = sin.index_select(0, positions)[:, None]
+            sines[..., : sines.shape[-1] // 2].neg_()  # the rotation's signs
+            self._angles[key] = (cos.index_select(0, positions)[:, None], sines)
         end = -(-self.column // BLOCK) * BLOCK
         if end != self._ready:  # once a block of columns
             self._ready = end
@@ -104,9 +111,10 @@ class DenseDecode:
             mask = self.own.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
             self._window_masks[window] = mask[:, None]  # [B, 1, keys]
 
-    def attend(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
         f, (kv_heads, _, width, repeat) = self.family, self.shape
-        batch, dim, at = len(q), f.head_dim, self.column - 1
+        batch, dim, at, spec = len(qkv), f.head_dim, self.column - 1, layer.spec
+        q, k, v = self._rotated(layer, qkv)
         keys, values = self._new[spec.index]
         keys.select(2, at).copy_(k.transpose(0, 1))
         values.select(2, at).copy_(v.transpose(0, 1))
@@ -133,6 +141,28 @@ class DenseDecode:
         else:
             out = torch.bmm(p, own_v)
         return out.view(kv_heads, batch, -1).transpose(0, 1).reshape(batch, -1)
+
+    def _rotated(self, layer: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as `qk_norm_rope_write` makes them, in fewer calls."""
+        f, eps = self.family, self.family.norm_eps
+        both, rotary = f.heads + f.kv_heads, f.rotary_dim
+        if f.qk_norm == "all":
+            q, k, v = qkv.split((f.heads * f.head_dim, *[f.kv_heads * f.head_dim] * 2), dim=1)
+            q, k = (
+                F.rms_norm(q, q.shape[1:], layer.q_norm, eps),
+                F.rms_norm(k, k.shape[1:], layer.k_norm, eps),
+            )
+            qkv = torch.cat((q, k, v), dim=1)
+        heads = qkv.view(len(qkv), both + f.kv_heads, f.head_dim)
+        qk = heads[:, :both]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (f.head_dim,), None, eps) * layer.qk_norm
+        if layer.spec.rope is not None:
+            cos, sin = self._angles[layer.spec.rope]
+            turned = qk[..., :rotary]
+            turned = torch.addcmul(turned * cos, turned.roll(rotary // 2, -1), sin)
+            qk = turned if rotary == f.head_dim else torch.cat((turned, qk[..., rotary:]), dim=-1)
+        return qk[:, : f.heads], qk[:, f.heads :], heads[:, both:]
 
     def store(self, places: Sequence[int]) -> None:
         """Copies the keys and values of these places' new tokens to their pages, which must cover them."""

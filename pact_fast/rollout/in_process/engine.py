@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ class InProcessEngine:
         device: to sample on; None takes the model's.
         kv_memory: share of the free device memory for keys and values; on a CPU of all memory, 4 GiB at most.
         cuda_graphs: capture decoding steps on a GPU; False launches the same kernels one by one.
+        paged: decode against the pages, as on a GPU; None: on a CPU in full precision the dense form instead.
         max_rows: rows in flight at once. context_length: of prompt and completion; None takes the model's.
 
     ValueError for a model that it does not know, with what to do.
@@ -49,6 +51,7 @@ class InProcessEngine:
         device: torch.device | None = None,
         kv_memory: float = 0.3,
         cuda_graphs: bool = True,
+        paged: bool | None = None,
         max_rows: int = 512,
         context_length: int | None = None,
     ) -> None:
@@ -59,7 +62,8 @@ class InProcessEngine:
         self.weights = EngineWeights(
             model, dtype=dtype, device=device or _device(model), context_length=context
         )
-        self.kv_memory, self.cuda_graphs, self.max_rows = kv_memory, cuda_graphs, max_rows
+        self.kv_memory = kv_memory
+        self._options: Any = {"max_rows": max_rows, "paged": paged, "cuda_graphs": cuda_graphs}
         self.stale, self.closed = True, False
         self._scheduler: Scheduler | None = None
 
@@ -74,7 +78,7 @@ class InProcessEngine:
                     f"rollout.kv_memory={self.kv_memory} leaves no room for one page of keys and values "
                     f"({size} bytes): raise it, or free memory on {self.weights.device}"
                 )
-            self._scheduler = Scheduler(self.weights, max_rows=self.max_rows, max_pages=pages)
+            self._scheduler = Scheduler(self.weights, max_pages=pages, **self._options)
         return self._scheduler
 
     def weights_changed(self) -> None:

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pact_fast.kernels.decode import ops
+from pact_fast.kernels.decode.tasks import Segment, extend_tasks
 from pact_fast.rollout.in_process.cache import PAGE
 from pact_fast.rollout.in_process.weights import EngineWeights, LayerWeights
-from pact_fast.tree.families import LayerSpec
 
 
 class Attention(Protocol):
-    def attend(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D], rotated -> [T, Hq D]."""
+    def attend(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
+        """qkv [T, (Hq + 2 Hkv) D] as projected -> [T, Hq D]; stores the new keys and values."""
         ...
 
 
@@ -68,6 +69,8 @@ class Runner:
         self.weights, self.pool, self.family = weights, pool, weights.family
         f = self.family
         self._scratch: Tensor | None = None
+        # On a CPU, where calls cost more than sums: fewer of them, same numbers but for rounding.
+        self.lean = weights.exact and weights.device.type == "cpu"
         self.simple = f.residual_scale == 1.0 and f.post_norms is None
         self.embedding_scale = f.embedding_scale
         if f.rounded_embedding_scale:
@@ -87,23 +90,15 @@ class Runner:
 
     # -- forward -----------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
-        """Hidden states [T, H], or [len(rows), H] of these tokens, after the final norm.
-
-        ids, positions: int64 [T].
-        """
+    def forward(self, ids: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, H] of ids [T], or [len(rows), H] of these tokens, after the final norm."""
         w, f = self.weights, self.family
         x = w.embedding.index_select(0, ids)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
-        angles = {
-            key: (cos.index_select(0, positions), sin.index_select(0, positions))
-            for key, (cos, sin) in w.rope.items()
-        }
         for layer in w.layers:
             y = x if layer.attention_norm is None else self._norm(x, layer.attention_norm)
-            q, k, v = self._qkv(layer, y, angles.get(layer.spec.rope))
-            y = attention.attend(layer.spec, q, k, v)
+            y = attention.attend(layer, F.linear(y, layer.qkv, layer.qkv_bias))
             x = self._add(x, y, layer.out_t, layer.out_bias, layer.attention_post_norm)
             y = x if layer.mlp_norm is None else self._norm(x, layer.mlp_norm)
             if layer.router is None:
@@ -120,32 +115,23 @@ class Runner:
         logits = F.linear(hidden, self.weights.head, self.weights.head_bias)
         return self.family.logits(logits if logits.dtype == torch.float64 else logits.float())
 
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self.family.norm_eps)
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        w, eps = self.weights, self.family.norm_eps
+        if self.lean:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return ops.add_rms_norm(x, None, weight, eps, plus_one=w.plus_one)[0]
 
-    def _qkv(
-        self, layer: LayerWeights, y: Tensor, angles: tuple[Tensor, Tensor] | None
+    def write(
+        self, layer: LayerWeights, qkv: Tensor, positions: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        f = self.family
-        both = f.heads + f.kv_heads
-        qkv = F.linear(y, layer.qkv, layer.qkv_bias)
-        if f.qk_norm == "all":
-            at = f.heads * f.head_dim
-            q, k, v = qkv.split((at, f.kv_heads * f.head_dim, f.kv_heads * f.head_dim), dim=1)
-            qkv = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm), v), dim=1)
-        heads = qkv.view(len(y), both + f.kv_heads, f.head_dim)
-        qk, v = heads[:, :both], heads[:, both:]
-        if layer.qk_norm is not None:
-            qk = self._norm(qk, None) * layer.qk_norm
-        if angles is not None:
-            cos, sin = angles
-            half, rotary = f.rotary_dim // 2, f.rotary_dim
-            if rotary == f.head_dim:
-                turned = qk.roll(half, -1)
-            else:
-                turned = torch.cat((qk[..., :rotary].roll(half, -1), qk[..., rotary:]), dim=-1)
-            qk = torch.addcmul(qk * cos, turned, sin)
-        return qk[:, : f.heads], qk[:, f.heads :], v
+        """Norms, rotates, writes keys and values to their slots -> q [T, Hq, D], keys, values of all slots."""
+        f, (keys, values) = self.family, self.pool.data[layer.spec.index]
+        cos, sin = self.weights.rope[layer.spec.rope]
+        q = ops.qk_norm_rope_write(
+            qkv, layer.q_norm, layer.k_norm, cos, sin, positions, slots, keys, values,
+            eps=f.norm_eps, heads=(f.heads, f.kv_heads), plus_one=self.weights.plus_one,
+        )  # fmt: skip
+        return q, keys, values
 
     def _add(
         self, x: Tensor, y: Tensor, weight_t: Any, bias: Tensor | None, post_norm: Tensor | None
@@ -158,11 +144,12 @@ class Runner:
         return torch.add(x, y, alpha=self.family.residual_scale)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
+        gelu = self.family.activation != "silu"
+        if not self.lean:
+            return (ops.gelu_mul if gelu else ops.silu_mul)(gate_up)
         half = gate_up.shape[-1] // 2
         gate, up = gate_up[..., :half], gate_up[..., half:]
-        if self.family.activation == "silu":
-            return F.silu(gate).mul_(up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)).mul_(up)
 
     def _experts(self, layer: LayerWeights, y: Tensor) -> Tensor:
         """The experts' sum [T, H], expert by expert (the host learns who is chosen: no graph)."""
@@ -188,98 +175,35 @@ class Runner:
         the same pass. So prompts that begin alike are one token tree.
         """
         device = self.weights.device
-        ids = [token for chunk in chunks for token in chunk.ids]
-        positions = [chunk.start + i for chunk in chunks for i in range(len(chunk.ids))]
+        ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=device)
         last = torch.tensor([len(chunk.ids) for chunk in chunks]).cumsum(0) - 1
         attention = PagedPrefill(self, chunks)
-        return self.forward(
-            torch.tensor(ids, device=device),
-            torch.tensor(positions, device=device),
-            attention,
-            last.to(device),
-        )
-
-
-class _Group(NamedTuple):
-    """Chunks of about the same size, padded: n sequences, W queries, S keys."""
-
-    tokens: Tensor  # [n W] token of the pass behind each query, padding: any
-    real: Tensor  # the queries that are no padding
-    targets: Tensor  # their tokens
-    places: Tensor  # [n S] slots of the keys, padding: 0
-    position: Tensor  # [n, W]
-    shape: tuple[int, int, int]  # n, W, S
+        return self.forward(ids, attention, last.to(device))
 
 
 class PagedPrefill:
-    """Attention of chunks against their pages. See `Attention`."""
+    """Attention of chunks against their pages and themselves. See `Attention`."""
 
     def __init__(self, runner: Runner, chunks: Sequence[Chunk]) -> None:
-        self.pool, self.family = runner.pool.data, runner.family
-        device = runner.weights.device
-        first, slots = 0, []
-        sized: dict[tuple[int, int], list[tuple[int, Chunk]]] = {}
+        self.runner, device = runner, runner.weights.device
+        ends: list[int] = []
+        paths, slots = [], []
         for chunk in chunks:
             end = chunk.start + len(chunk.ids)
             slots.append(slots_of(chunk.pages, chunk.start, end))
-            size = (len(chunk.ids).bit_length(), end.bit_length())
-            sized.setdefault(size, []).append((first, chunk))
-            first += len(chunk.ids)
+            ends += [len(ends) + len(chunk.ids)] * len(chunk.ids)
+            paths.append([Segment(chunk.pages[: -(-chunk.start // PAGE)], chunk.start)])
         self.slots = torch.cat(slots).to(device)
-        self.groups = [_group(members, device) for members in sized.values()]
-        self._masks: dict[int | None, list[Tensor]] = {}
+        self.tasks = extend_tasks(ends, paths, page_size=PAGE)
+        self.positions = torch.from_numpy(self.tasks.positions).to(device)
 
-    def attend(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        f, layer = self.family, self.pool[spec.index]
-        layer[0].index_copy_(0, self.slots, k)
-        layer[1].index_copy_(0, self.slots, v)
-        out = q.new_empty(len(q), f.heads * f.head_dim)
-        repeat = f.heads // f.kv_heads
-        for group, mask in zip(self.groups, self._mask(spec.window), strict=True):
-            n, wide, keys = group.shape
-            # [n, Hkv, repeat W, D]: the query heads of a key head are more queries.
-            qs = q.index_select(0, group.tokens).view(n, wide, f.kv_heads, repeat, f.head_dim)
-            qs = qs.permute(0, 2, 3, 1, 4).reshape(n, f.kv_heads, repeat * wide, f.head_dim)
-            kv = layer.index_select(1, group.places).view(2, n, keys, f.kv_heads, f.head_dim).transpose(2, 3)
-            y = F.scaled_dot_product_attention(qs, kv[0], kv[1], attn_mask=mask, scale=f.attention_scale)
-            y = y.view(n, f.kv_heads, repeat, wide, f.head_dim).permute(0, 3, 1, 2, 4)
-            out[group.targets] = y.reshape(n * wide, -1).index_select(0, group.real)
-        return out
-
-    def _mask(self, window: int | None) -> list[Tensor]:
-        if window not in self._masks:
-            self._masks[window] = []
-            for group in self.groups:
-                key = torch.arange(group.shape[2], device=self.slots.device)
-                seen = key <= group.position[..., None]
-                if window is not None:
-                    seen &= key > group.position[..., None] - window
-                repeat = self.family.heads // self.family.kv_heads
-                self._masks[window].append(seen[:, None].repeat(1, 1, repeat, 1))
-        return self._masks[window]
-
-
-def _group(members: list[tuple[int, Chunk]], device: torch.device) -> _Group:
-    n = len(members)
-    lengths = torch.tensor([len(chunk.ids) for _, chunk in members])
-    starts = torch.tensor([chunk.start for _, chunk in members])
-    firsts = torch.tensor([first for first, _ in members])
-    wide, keys = int(lengths.max()), int((starts + lengths).max())
-    steps = torch.arange(wide)
-    real = steps < lengths[:, None]
-    tokens = firsts[:, None] + steps.where(real, 0)
-    places = torch.zeros(n, keys, dtype=torch.int64)
-    for row, (_, chunk) in enumerate(members):
-        end = chunk.start + len(chunk.ids)
-        places[row, :end] = slots_of(chunk.pages, 0, end)
-    return _Group(
-        tokens.flatten().to(device),
-        real.flatten().nonzero()[:, 0].to(device),
-        tokens[real].to(device),
-        places.flatten().to(device),
-        (starts[:, None] + steps.where(real, 0)).to(device),
-        (n, wide, keys),
-    )
+    def attend(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
+        q, keys, values = self.runner.write(layer, qkv, self.positions, self.slots)
+        window = layer.spec.window
+        scale = self.runner.family.attention_scale
+        return ops.extend_attention(
+            q, keys, values, self.slots, self.tasks, scale=scale, window=window
+        ).flatten(1)
 
 
 def slots_of(pages: Sequence[int], start: int, end: int) -> Tensor:

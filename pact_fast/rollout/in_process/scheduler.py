@@ -21,6 +21,7 @@ from torch import Tensor
 from pact_fast.kernels.decode.ops import sample
 from pact_fast.rollout.in_process.batch import STEPS, DenseBatch
 from pact_fast.rollout.in_process.cache import PAGE, PagedTokens, PageTable
+from pact_fast.rollout.in_process.paged import PagedBatch, Slates
 from pact_fast.rollout.in_process.runner import Chunk, KVPool, Runner
 from pact_fast.rollout.in_process.weights import EngineWeights
 
@@ -79,18 +80,30 @@ class Scheduler:
     Args:
         weights: filled before the first step, and again at will between two steps (then `weights_changed`).
         max_rows: rows in flight at once. max_pages: pages of keys and values, at most.
+        paged: decode against the pages, as a GPU does; None: where there are no dense tensors for it.
+        cuda_graphs: capture those steps where that can be done.
     """
 
-    def __init__(self, weights: EngineWeights, *, max_rows: int, max_pages: int) -> None:
+    def __init__(
+        self,
+        weights: EngineWeights,
+        *,
+        max_rows: int,
+        max_pages: int,
+        paged: bool | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.weights, self.max_rows, self.max_pages = weights, max_rows, max(2, max_pages)
         grows = weights.device.type == "cpu"
         pages = min(self.max_pages, FIRST_PAGES) if grows else self.max_pages
         self.pool, self.table = KVPool(weights, pages), PageTable(pages)
         self.runner = Runner(weights, self.pool)
+        paged = not self.runner.lean if paged is None else paged
+        self.slates = Slates(self.runner, graphs=cuda_graphs) if paged else None
         self.version = "default"
         self.waiting: deque[Request] = deque()
         self.joining: list[Request] = []  # prefilled, not yet in the batch
-        self.batch: DenseBatch | None = None
+        self.batch: DenseBatch | PagedBatch | None = None
         self.parked: OrderedDict[Hashable, tuple[list[int], PagedTokens]] = OrderedDict()
         self.served = self.preempted = self.prefilled = 0
         self._since_admission = 0
@@ -248,7 +261,10 @@ class Scheduler:
                 row.error = self._too_long(len(row.tokens))
                 self._leave(row, "error")
         if rows:
-            self.batch = DenseBatch(self.runner, rows, steps)
+            dense = self.slates is None
+            self.batch = (
+                DenseBatch(self.runner, rows, steps) if dense else PagedBatch(self.slates, rows, steps)
+            )
 
     def _room_for(self, rows: Sequence[Request], steps: int) -> bool:
         """Gives every row pages for `steps` more tokens, or none to any."""

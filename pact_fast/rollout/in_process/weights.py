@@ -91,6 +91,10 @@ class EngineWeights:
         self.dtype, self.device = dtype or next(model.parameters()).dtype, device
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype={self.dtype}: the engine samples in a floating-point dtype")
+        self.exact = self.dtype in (torch.float32, torch.float64)
+        # In half precision 1 + weight would lose digits: there the norm adds it, in fp32.
+        self.norm_offset = family.norm_offset if self.exact else 0.0
+        self.plus_one = bool(family.norm_offset) and not self.exact
         self.layers = [LayerWeights(family, spec, self.dtype, device) for spec in family.layers]
         shape = (family.vocabulary, family.hidden)
         self.embedding = torch.empty(shape, dtype=self.dtype, device=device)
@@ -119,8 +123,8 @@ class EngineWeights:
                         )
                     target[start : start + len(value)].copy_(value)
                     start += len(value)
-                if family.norm_offset and role.endswith("_norm"):
-                    target.add_(family.norm_offset)
+                if role.endswith("_norm"):
+                    target.add_(self.norm_offset)
             if layer.qk_norm is not None:
                 layer.qk_norm[: family.heads] = layer.q_norm
                 layer.qk_norm[family.heads :] = layer.k_norm
@@ -130,24 +134,27 @@ class EngineWeights:
             self.head.copy_(_value(head, "weight"))
         if self.head_bias is not None:
             self.head_bias.copy_(plain(head.bias))
-        self.final_norm.copy_(_value(final_norm(self.model), "weight")).add_(family.norm_offset)
+        self.final_norm.copy_(_value(final_norm(self.model), "weight")).add_(self.norm_offset)
         if not self.rope:
             self._fill_rope()
 
     def _fill_rope(self) -> None:
-        """cos and sin [context_length + SPARE, 1, D]: 1 and 0 past rotary_dim, the turn's signs in sin."""
+        """cos and sin [context_length + SPARE, rotary_dim], halves alike."""
         family = self.family
         for spec in family.layers:
-            if spec.rope in self.rope or (found := rope_frequencies(self.model, spec)) is None:
+            if spec.rope in self.rope:
+                continue
+            if (found := rope_frequencies(self.model, spec)) is None:  # a rotation by nothing
+                table = torch.zeros(self.context_length + SPARE, 2, dtype=self.dtype, device=self.device)
+                self.rope[spec.rope] = (table + 1, table)
                 continue
             frequencies, factor = found
             positions = torch.arange(self.context_length + SPARE, device=self.device, dtype=torch.float32)
             angles = positions[:, None] * plain(frequencies).to(self.device, torch.float32)
             cos, sin = angles.cos() * factor, angles.sin() * factor
-            rest = cos.new_zeros(len(cos), family.head_dim - family.rotary_dim)
             self.rope[spec.rope] = (
-                torch.cat((cos, cos, rest + 1), dim=1)[:, None].to(self.dtype),
-                torch.cat((-sin, sin, rest), dim=1)[:, None].to(self.dtype),
+                torch.cat((cos, cos), dim=1).to(self.dtype),
+                torch.cat((sin, sin), dim=1).to(self.dtype),
             )
 
 
