@@ -18,6 +18,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from pact_fast.kernels.decode import ops
 from pact_fast.rollout import InProcessEngine, RolloutError
 from pact_fast.rollout.in_process.paged import bucket_of, segments_of
 
@@ -98,13 +99,25 @@ class Launches(TorchDispatchMode):
 
     def __init__(self, slate):
         super().__init__()
-        self.fixed = {t.data_ptr() for t in vars(slate).values() if isinstance(t, torch.Tensor)}
-        self.list = []
+        fixed = {k: t for k, t in vars(slate).items() if isinstance(t, torch.Tensor) and k != "slots"}
+        self.fixed = {t.data_ptr() for t in fixed.values()}
+        self.list, self.running = [], False
+
+    def __enter__(self):
+        self.running = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.running = False
+        return super().__exit__(*error)
+
+    def add(self, name, args):
+        flat = [a for a in args if isinstance(a, torch.Tensor)]
+        at = [t.data_ptr() if t.data_ptr() in self.fixed else None for t in flat]
+        self.list.append((name, [(tuple(t.shape), t.stride(), t.dtype) for t in flat], at))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        flat = [a for a in [*args, *(kwargs or {}).values()] if isinstance(a, torch.Tensor)]
-        at = [t.data_ptr() if t.data_ptr() in self.fixed else None for t in flat]
-        self.list.append((str(func), [(tuple(t.shape), t.stride(), t.dtype) for t in flat], at))
+        self.add(str(func), [*args, *(kwargs or {}).values()])
         return func(*args, **(kwargs or {}))
 
 
@@ -114,30 +127,35 @@ def test_steps_launch_the_same_list_over_the_same_buffers(monkeypatch):
     seen = []
 
     def record(slate):
-        mode = Launches(slate)
-        seen.append((slate, mode.list))
-        return mode
+        seen.append((slate, Launches(slate)))
+        return seen[-1][1]
 
-    # The reference of this one is free to look at lengths; the kernel's launch is one call.
-    from pact_fast.kernels.decode import ops, reference
+    def one_launch(name, function):  # a kernel: what its reference does inside is its own affair
+        def call(*args, **kwargs):
+            if not seen or not seen[-1][1].running:
+                return function(*args, **kwargs)
+            seen[-1][1].add(name, [*args, *kwargs.values()])
+            with torch.utils._python_dispatch._disable_current_modes():
+                return function(*args, **kwargs)
 
-    def one_launch(q, *args, **kwargs):
-        with torch.utils._python_dispatch._disable_current_modes():
-            return reference.shared_prefix_attention(q, *args, **kwargs)
+        return call
 
-    monkeypatch.setattr(ops, "shared_prefix_attention", one_launch)
+    for name in ops.__all__:
+        monkeypatch.setattr(ops, name, one_launch(name, getattr(ops, name)))
     engine.prepare()
     engine.scheduler.slates.record = record
     generate(engine, PROMPTS, [9, 4, 9, 9, 9, 9, 9, 9], stops=())
     slates = {id(slate) for slate, _ in seen}
     assert len(slates) == 1
     assert len(seen) >= 8
-    assert all(launches == seen[0][1] for _, launches in seen)
-    assert any(any(at) for _, _, at in seen[0][1])
+    for _, launches in seen:
+        assert launches.list == seen[0][1].list
+    assert sum(name in ops.__all__ for name, _, _ in seen[0][1].list) == 2 * 2 + 1  # of two layers
+    assert any(any(at) for _, _, at in seen[0][1].list)
     again = len(seen)
     generate(engine, [p[:-1] for p in PROMPTS], [6] * 8, stops=())  # other rows, another trie, the same slate
     assert {id(slate) for slate, _ in seen} == slates
-    assert all(launches == seen[0][1] for _, launches in seen[again:])
+    assert all(launches.list == seen[0][1].list for _, launches in seen[again:])
 
 
 def test_a_step_that_cannot_be_launched_says_what_to_do():

@@ -144,8 +144,8 @@ class Slates:
             raise RolloutError(
                 f"the decoding step of {slate.rows} rows of a {self.runner.family.name} in "
                 f"{self.runner.weights.dtype} failed on {self.runner.weights.device}: "
-                f"{type(error).__name__}: {error}. rollout.cuda_graphs=false launches its kernels one by one; "
-                "rollout.engine=http samples elsewhere"
+                f"{type(error).__name__}: {error}. rollout.cuda_graphs=false launches its kernels one "
+                "by one; rollout.engine=http samples elsewhere"
             ) from error
 
 

@@ -124,7 +124,7 @@ class Runner:
     def write(
         self, layer: LayerWeights, qkv: Tensor, positions: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Norms, rotates, writes keys and values to their slots -> q [T, Hq, D], keys, values of all slots."""
+        """Norms, rotates, writes keys and values to their slots -> q [T, Hq, D], all keys, all values."""
         f, (keys, values) = self.family, self.pool.data[layer.spec.index]
         cos, sin = self.weights.rope[layer.spec.rope]
         q = ops.qk_norm_rope_write(

@@ -261,10 +261,8 @@ class Scheduler:
                 row.error = self._too_long(len(row.tokens))
                 self._leave(row, "error")
         if rows:
-            dense = self.slates is None
-            self.batch = (
-                DenseBatch(self.runner, rows, steps) if dense else PagedBatch(self.slates, rows, steps)
-            )
+            slates = self.slates
+            self.batch = PagedBatch(slates, rows, steps) if slates else DenseBatch(self.runner, rows, steps)
 
     def _room_for(self, rows: Sequence[Request], steps: int) -> bool:
         """Gives every row pages for `steps` more tokens, or none to any."""
