@@ -48,9 +48,9 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 def choose_key_tile(
     block_d: int, block_m: int, dtype: torch.dtype, capability: tuple[int, int] | None
 ) -> KeyTile:
-    """By shape, never by timing. One stage of three goes to the page numbers, so a program has one tile of keys
-    and values (32 KB at D = 128) on its way while it computes, and four programs a multiprocessor have 128 KB:
-    five times what hides a microsecond of latency at 3.35 TB/s."""
+    """By shape, never by timing. One stage of three goes to the page numbers, so a program has one tile of
+    keys and values (32 KB at D = 128) on its way, and four programs a multiprocessor 128 KB: five times what
+    hides a microsecond of latency at 3.35 TB/s."""
     if capability is None:
         return KeyTile(16, 1, 1)
     if dtype == torch.float32:
