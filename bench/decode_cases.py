@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from kernel_cases import QWEN_VOCAB, Case
+from tree_kernel_cases import TENSOR_CORES
 
 from pact_fast.kernels.decode import attention, elementwise, extend, sampling
 from pact_fast.kernels.decode.tasks import TILE_ROWS
@@ -95,7 +96,7 @@ def head_cases(
     block_d, block_m = attention.block_sizes(dim, group, min(TILE_ROWS, attention.MAX_TILE // group))
     common = {"HKV": num_kv, "GROUP": group, "D": dim, "PAGE": page, "WINDOW": window, "SOFTCAP": window}
     common |= {"PRECISION": "ieee", "BLOCK_D": block_d}
-    tile = attention.choose_key_tile(block_d, block_m, TORCH_TYPES[dtype], False)._asdict()
+    tile = attention.choose_key_tile(block_d, block_m, TORCH_TYPES[dtype], (9, 0))._asdict()
     tile["BLOCK_N"] = tile.pop("block_n")
     yield _case(
         f"shared_prefix {label} page {page}",
@@ -112,16 +113,18 @@ def head_cases(
         {"HQ": num_q, "D": dim, "BLOCK_D": block_d},
         {"BLOCK_P": attention.MERGE_BLOCK, "num_warps": 2, "num_stages": 1},
     )
-    tile = extend.choose_extend_tile(block_d, group, TORCH_TYPES[dtype], False)._asdict()
-    tile["BLOCK_M"], tile["BLOCK_N"] = tile.pop("block_m"), tile.pop("block_n")
-    yield _case(
-        f"extend_attention {label} page {page}",
-        extend.extend_attention_kernel,
-        dtype,
-        common,
-        tile,
-        want=() if dtype == "fp32" else ("mma",),
-    )
+    for arch in (80, 90, 100):
+        chosen = extend.choose_extend_tile(block_d, group, TORCH_TYPES[dtype], (arch // 10, 0))._asdict()
+        chosen["BLOCK_M"], chosen["BLOCK_N"] = chosen.pop("block_m"), chosen.pop("block_n")
+        yield _case(
+            f"extend_attention {label} page {page}",
+            extend.extend_attention_kernel,
+            dtype,
+            common,
+            chosen,
+            want=() if dtype == "fp32" else (TENSOR_CORES[arch],),
+            arch=arch,
+        )
 
 
 def decode_cases() -> list[Case]:

@@ -110,14 +110,14 @@ def qk_norm_rope_write_kernel(
     o_d = tl.arange(0, BLOCK_D)[None, :]
     m_x = (o_h < heads) & (o_d < D)
     row = qkv + i_n * s_n
-    b_x = tl.load(row + (first + o_h) * D + o_d, mask=m_x, other=0.0)
+    b_raw = tl.load(row + (first + o_h) * D + o_d, mask=m_x, other=0.0)
     if is_v:
         if i_slot >= 0:
-            tl.store(v_cache + i_slot * (HKV * D) + o_h * D + o_d, b_x, mask=m_x)
+            tl.store(v_cache + i_slot * (HKV * D) + o_h * D + o_d, b_raw, mask=m_x)
     else:
         # The other half of the pair that turns together; a dimension that does not turn is its own.
         o_p = tl.where(o_d < ROT // 2, o_d + ROT // 2, tl.where(o_d < ROT, o_d - ROT // 2, o_d))
-        b_x = b_x.to(tl.float32)
+        b_x = b_raw.to(tl.float32)
         b_p = tl.load(row + (first + o_h) * D + o_p, mask=m_x, other=0.0).to(tl.float32)
         if HAS_NORM:
             o_w = o_h * 0

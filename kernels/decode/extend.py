@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pact_fast.kernels.decode.attention import load_keys, score_scales, softmax_step
+from pact_fast.kernels.decode.attention import capability, load_keys, score_scales, softmax_step
 from pact_fast.kernels.decode.tasks import ExtendTasks
 
 TILE = tl.constexpr(8)  # columns of a tile's record
@@ -33,15 +33,18 @@ class ExtendTile(NamedTuple):
     num_stages: int
 
 
-def choose_extend_tile(block_d: int, group: int, dtype: torch.dtype, interpreted: bool) -> ExtendTile:
-    """By shape, never by timing. 64 x 64 was among the best of tree attention's forward on an H100."""
-    if interpreted:
+def choose_extend_tile(
+    block_d: int, group: int, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> ExtendTile:
+    """By shape and architecture, never by timing. 64 x 64 with 4 warps was among the best of tree attention's
+    forward on an H100; on sm_80 and sm_100 it spills here, with 8 warps it does not."""
+    if capability is None:
         return ExtendTile(max(16, triton.next_power_of_2(group)), 16, 1, 1)
     block_m = max(64, triton.next_power_of_2(group))
     if dtype == torch.float32:
         return ExtendTile(max(32, triton.next_power_of_2(group)), 32, 4, 1)
     if block_d <= 128:
-        return ExtendTile(block_m, 64, 4, 3)
+        return ExtendTile(block_m, 64, 4 if capability[0] == 9 else 8, 3)
     return ExtendTile(block_m, 32, 8, 2)
 
 
@@ -213,7 +216,7 @@ def extend_attention(
     num_kv = k_cache.shape[1]
     group = num_q // num_kv
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = choose_extend_tile(block_d, group, q.dtype, q.device.type == "cpu")
+    tile = choose_extend_tile(block_d, group, q.dtype, capability(q.device))
     tile_tokens = tile.block_m // group
     key = ("triton", q.device, tile_tokens, tile.block_n, window is not None)
     if key not in tasks.plans:
