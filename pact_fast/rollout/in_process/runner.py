@@ -90,8 +90,11 @@ class Runner:
 
     # -- forward -----------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
-        """Hidden states [T, H] of ids [T], or [len(rows), H] of these tokens, after the final norm."""
+    def forward(self, ids: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [T, H] of ids [T] after the final norm."""
+        return self._norm(self._layers(ids, attention), self.weights.final_norm)
+
+    def _layers(self, ids: Tensor, attention: Attention) -> Tensor:
         w, f = self.weights, self.family
         x = w.embedding.index_select(0, ids)
         if self.embedding_scale != 1.0:
@@ -106,9 +109,7 @@ class Runner:
                 x = self._add(x, y, layer.down_t, layer.down_bias, layer.mlp_post_norm)
             else:
                 x = torch.add(x, self._experts(layer, y), alpha=f.residual_scale)
-        if rows is not None:
-            x = x.index_select(0, rows)
-        return self._norm(x, w.final_norm)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V], fp32 or wider."""
@@ -168,8 +169,9 @@ class Runner:
     # -- prefill -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Computes all chunks in one pass -> hidden state after the last token of each, [chunks, H].
+    def prefill(self, chunks: Sequence[Chunk]) -> tuple[Tensor, dict[int, int]]:
+        """Computes all chunks in one pass -> hidden state after the last token of each [chunks, H], and for
+        chunks with states that are not finite the first such token.
 
         Keys and values are written before any are read: a chunk may build on pages that another one fills in
         the same pass. So prompts that begin alike are one token tree.
@@ -178,7 +180,11 @@ class Runner:
         ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=device)
         last = torch.tensor([len(chunk.ids) for chunk in chunks]).cumsum(0) - 1
         attention = PagedPrefill(self, chunks)
-        return self.forward(ids, attention, last.to(device))
+        x = self._layers(ids, attention)
+        finite = x.isfinite().all(-1).cpu()
+        parts = enumerate(finite.split([len(chunk.ids) for chunk in chunks]))
+        bad = {i: int(part.int().argmin()) for i, part in parts if not part.all()}
+        return self._norm(x.index_select(0, last.to(device)), self.weights.final_norm), bad
 
 
 class PagedPrefill:
@@ -198,6 +204,8 @@ class PagedPrefill:
         self.positions = torch.from_numpy(self.tasks.positions).to(device)
 
     def attend(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
+        # In a product even what is masked counts where it is NaN: no row may lose another.
+        qkv = qkv.nan_to_num_()
         q, keys, values = self.runner.write(layer, qkv, self.positions, self.slots)
         window = layer.spec.window
         scale = self.runner.family.attention_scale

@@ -185,6 +185,7 @@ class Scheduler:
     def _prefill(self) -> None:
         """Admits waiting rows up to the pass's token budget and computes what is not cached of them."""
         chunks: list[Chunk] = []
+        partial: Request | None = None  # computed by the last chunk in part
         leaders: dict[Hashable, tuple[int, PagedTokens]] = {}  # prompt -> its chunk and pages
         ready: list[tuple[Request, int]] = []  # rows whose prompt is whole after this pass, and their chunk
         copies: list[tuple[int, int]] = []
@@ -215,6 +216,7 @@ class Scheduler:
                 chunks.append(Chunk(row.tokens[start : kv.count], start, list(kv.pages)))
                 budget -= take
             if kv.count < size:
+                partial = row
                 break
             leaders.setdefault(key, (len(chunks) - 1, kv))
             ready.append((row, leaders[key][0]))
@@ -223,7 +225,17 @@ class Scheduler:
             return
         self.prefilled += sum(len(chunk.ids) for chunk in chunks)
         self.joining += [row for row, _ in ready]  # in flight from here on, should the pass fail
-        hidden = self.runner.prefill(chunks)
+        hidden, bad = self.runner.prefill(chunks)
+        if bad:
+            lost: set[int] = set()  # pages from there on, and what builds on them
+            for i, chunk in enumerate(chunks):
+                if i in bad or lost & set(chunk.pages):
+                    lost |= set(chunk.pages[(chunk.start + bad.get(i, 0)) // PAGE :])
+                    hidden[i] = torch.nan
+            if partial is not None and bool(hidden[-1].isnan().any()):
+                self.waiting.remove(partial)
+                partial.error = NOT_FINITE
+                self._leave(partial, "error")
         if copies:
             self.pool.copy_pages(*zip(*copies, strict=True))
         if ready:
