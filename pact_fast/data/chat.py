@@ -114,7 +114,8 @@ class ChatFormat:
         added = tokenizer.get_added_vocab()
         wanted = (*formats.TAGS, *headers.special, headers.end)
         self._atomic: dict[str, int] = {text: added[text] for text in wanted if text in added}
-        self._control = _control_pattern(tokenizer, self._atomic)
+        control = _control_tokens(tokenizer, self._atomic)
+        self._control, self._steering = _pattern(control), _pattern(control - set(formats.TAGS))
         self._tag_ids = {i: text for text, i in self._atomic.items() if text in formats.TAGS}
         extra_ends = (headers.end, "<|endoftext|>", "<|eom_id|>")
         stops = [added[text] for text in extra_ends if text in added]
@@ -211,27 +212,23 @@ class ChatFormat:
             texts.insert(1, self.privileged_template.replace("{trace}", privileged))
         tokens = Tokens()
         for i, part in enumerate(texts):
-            untrusted = privileged is not None and i == 1
-            for piece in [part] if untrusted else part.split(SPELT):
-                for token in self._encode_text(piece, plain=untrusted)[0]:
+            pieces = part.split(SPELT)
+            if privileged is not None and i == 1:  # its tags are markup (`render_trace`), no header ever is
+                pieces = [piece for text in pieces for piece in _cut(text, self._steering)]
+            for piece in pieces:
+                for token in self._encode_text(piece)[0]:
                     tokens.append(token, Component.CONTEXT, -1)
         return tokens
 
     def _spelt(self, value: Any) -> Any:
-        """A JSON value whose texts have SPELT inside every control token that they spell: data, not markup."""
+        """A JSON value whose texts have SPELT inside every control token that they spell: data, not
+        markup.
+        """
         if isinstance(value, str):
-            return SPELT.join(self._data_pieces(clean_text(value)))
+            return SPELT.join(_cut(clean_text(value), self._control))
         if isinstance(value, Mapping):
             return {self._spelt(key): self._spelt(item) for key, item in value.items()}
         return [self._spelt(item) for item in value] if isinstance(value, list | tuple) else value
-
-    def _data_pieces(self, text: str) -> list[str]:
-        """`text` cut after the first character of every control token that it spells."""
-        pieces = []
-        while (spelt := self._control.search(text)) is not None:
-            pieces.append(text[: spelt.start() + 1])
-            text = text[spelt.start() + 1 :]
-        return [*pieces, text]
 
     def assistant(self, message: Mapping, turn: int) -> Tokens:
         """One expert turn as the model would have to emit it after the generation header, end of turn
@@ -309,16 +306,18 @@ class ChatFormat:
 
     def render_trace(self, messages: Sequence[Mapping], *, observations: bool = True) -> str:
         """h as text for `prompt(privileged=...)`: reasoning, calls, answers and, with observations, tool
-        responses.
+        responses. Control tokens that these spell have SPELT inside.
         """
         parts = []
         for message in messages:
             if message["role"] == "assistant":
-                parts.append("".join(piece.text for piece in self._assistant_pieces(message)))
+                pieces = self._assistant_pieces(message)
+                parts.append("".join(p.text if p.tag else self._spelt(p.text) for p in pieces))
             elif message["role"] == "user":
-                parts.append(f"User: {message['content']}")
+                parts.append(f"User: {self._spelt(message['content'])}")
             elif observations:
-                parts.append(f"{formats.RESPONSE_OPEN}\n{message['content']}\n{formats.RESPONSE_CLOSE}")
+                response = self._spelt(message["content"])
+                parts.append(f"{formats.RESPONSE_OPEN}\n{response}\n{formats.RESPONSE_CLOSE}")
         return "\n".join(parts)
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -335,7 +334,7 @@ class ChatFormat:
         parts, begin = [], 0
         for i, token in enumerate([*ids, None]):
             if token is None or token in self._tag_ids:
-                parts.append(SPELT.join(self._data_pieces(self.decode(ids[begin:i]))))
+                parts.append(SPELT.join(_cut(self.decode(ids[begin:i]), self._control)))
                 parts.append("" if token is None else self._tag_ids[token])
                 begin = i + 1
         return "".join(parts)
@@ -431,7 +430,7 @@ class ChatFormat:
         ids: list[int] = []
         starts: list[int] = []
         begin = 0
-        for piece in self._data_pieces(text):
+        for piece in _cut(text, self._control):
             own, first = self._encode(piece)
             ids += own
             starts += [begin + start for start in first]
@@ -451,19 +450,30 @@ class ChatFormat:
         return encoding.ids, [start for start, _ in encoding.offsets]
 
 
-def _control_pattern(tokenizer: Any, atomic: Mapping[str, int]) -> re.Pattern[str]:
+def _control_tokens(tokenizer: Any, atomic: Mapping[str, int]) -> set[str]:
     """Added tokens that steer: the special ones, the tags and headers, and what is written in brackets.
 
     Other added tokens are words of the vocabulary, which a text may well hold.
     """
-    control = {
+    return {
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if len(token.content.strip()) > 1
         and (token.special or token.content in atomic or re.fullmatch(r"<.+>|\[.+\]", token.content))
     }
-    longest_first = sorted(control, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _pattern(texts: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _cut(text: str, control: re.Pattern[str]) -> list[str]:
+    """`text` cut after the first character of every control token that it spells: none of them is left."""
+    pieces = []
+    while (spelt := control.search(text)) is not None:
+        pieces.append(text[: spelt.start() + 1])
+        text = text[spelt.start() + 1 :]
+    return [*pieces, text]
 
 
 def _headers_of(tokenizer: Any) -> Headers:

@@ -19,7 +19,8 @@ Rules, in this order (each has a test of its name in tests/data/test_parsing.py)
    arguments are {}. Anything else is a call with `error` set and arguments None: the environment answers it
    with the error and it counts as a call.
 7. What is outside reasoning and calls is the content.
-8. A tag inside the JSON of a call is data, as is a tag that was spelt with ordinary tokens where the tokenizer
+8. A tag inside the JSON of a call is data, as is a tag that was spelt with ordinary tokens where the
+   tokenizer
    has the tag as a token of its own (`ChatFormat.parse` marks those with SPELT).
 """
 

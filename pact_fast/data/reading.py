@@ -1,8 +1,8 @@
 """Text from outside (files, models, tools, servers): read as JSON with bounds, and mended for tokenizers.
 
 Everything that others wrote goes through here, so that what a parser cannot hold is one kind of error
-everywhere: numbers of more digits than Python converts, nesting past its stack, NaN, and half surrogate pairs,
-which Python's strings hold and no tokenizer or UTF-8 file does.
+everywhere: numbers of more digits than Python converts, nesting past its stack, NaN, and half surrogate
+pairs, which Python's strings hold and no tokenizer or UTF-8 file does.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def read_json(text: str | bytes, *, strict: bool = True) -> Any:
     """`json.loads` of foreign text.
 
     strict: as in json; False lets strings hold raw line breaks.
-    Raises ValueError, and nothing else, that says what is wrong: no JSON, no UTF-8, nested more than MAX_DEPTH
-    deep, a number that is not finite or has too many digits.
+    Raises ValueError, and nothing else, that says what is wrong: no JSON, no UTF-8, nested more than
+    MAX_DEPTH deep, a number that is not finite or has too many digits.
     """
     if isinstance(text, bytes):
         try:
@@ -75,7 +75,9 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def half_surrogate(value: Any, where: str = "") -> str | None:
-    """Path of the first text in a JSON value that holds half a surrogate pair; None where all text is whole."""
+    """Path of the first text in a JSON value that holds half a surrogate pair; None where all text is
+    whole.
+    """
     return next(_surrogates(value, where), None)
 
 

@@ -7,7 +7,8 @@ One record a line (JSONL) or row (parquet; every column a JSON string or a neste
     tools         [{"type": "function", "function": {"name", "description", "parameters": JSON Schema}}, ...]
     expert_trace  [{"role": "assistant", "reasoning_content", "content",
                     "tool_calls": [{"name", "arguments"}]}
-                   | {"role": "tool", "name" or "tool_call_id", "content"} | {"role": "user", "content", "tools"?}, ...]
+                   | {"role": "tool", "name" or "tool_call_id", "content"}
+                   | {"role": "user", "content", "tools"?}, ...]
     env           {...} handed to the environment as it is; other top-level fields are added to it
 
 `messages` may stand for prompt and trace together: the trace starts at its first assistant message.
@@ -143,8 +144,8 @@ def parse_record(raw: Any, *, file: str, line: int, require_trace: bool = True) 
     raw = {key: _decode_column(key, value, check) for key, value in raw.items()}
     if (where := half_surrogate(raw)) is not None:
         warnings.warn(
-            f"{file}:{line}: {where} holds half a surrogate pair (a cut emoji, say), which no tokenizer reads: "
-            "taken as U+FFFD",
+            f"{file}:{line}: {where} holds half a surrogate pair (a cut emoji, say), "
+            "which no tokenizer reads: taken as U+FFFD",
             stacklevel=2,
         )
         raw = clean_value(raw)
@@ -214,7 +215,8 @@ def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".jsonl":
         with path.open("rb") as lines:  # bytes: a line that is not UTF-8 is one bad record, not a bad file
             for number, text in enumerate(lines, 1):
-                text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text  # what Windows editors write
+                if number == 1:
+                    text = text.removeprefix(b"\xef\xbb\xbf")  # what Windows editors write
                 if text.strip():
                     yield number, text
     elif path.suffix == ".parquet":
@@ -228,9 +230,9 @@ def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, _drop_nulls(row)
         except (pyarrow.ArrowException, OSError) as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).split("\n")[0] or type(error).__name__
             after = f" after row {number}" if number else ""
-            raise ValueError(f"{path}: is damaged or no parquet file{after}: {text}") from None
+            raise ValueError(f"{path}: is damaged or no parquet file{after}: {reason}") from None
     else:
         raise ValueError(f"{path}: unknown file type {path.suffix!r}; use .jsonl or .parquet")
 
@@ -391,7 +393,9 @@ class _Checker:
             found = [c for c in calls if c.id is not None and str(c.id) == str(wanted)]
             if not found:
                 known = ", ".join(repr(c.id) for c in calls)
-                self.fail(f"{where}.tool_call_id", f"{wanted!r} is the id of no call before it; there are {known}")
+                self.fail(
+                    f"{where}.tool_call_id", f"{wanted!r} is the id of no call before it; there are {known}"
+                )
             if found[0].response is not None:
                 self.fail(f"{where}.tool_call_id", f"the call {wanted!r} has a response already")
             call = found[0]
