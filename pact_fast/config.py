@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, one YAML file, `--section.field value` overrides. Names follow TRL
 where it has one.
 
-A preset (METHOD section 8) is a set of values for the `objective` section; what the file or the command line
-says wins. A `--preset` other than the file's own keeps the values that define it, whatever the file says.
+A preset (docs/method.md, "Presets") is a set of values for the `objective` section; what the file or the
+command line says wins. A `--preset` other than the file's own keeps the values that define it, whatever the file says.
 """
 
 from __future__ import annotations

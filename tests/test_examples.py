@@ -28,7 +28,7 @@ def run(words, folder):
 
 
 def numbers(pattern, text):
-    found = [tuple(map(float, groups)) for groups in re.findall(pattern, text)]
+    found = [tuple(map(float, match.groups())) for match in re.finditer(pattern, text)]
     assert found, f"nothing like {pattern!r} in:\n{text}"
     return found
 
