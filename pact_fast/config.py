@@ -2,7 +2,8 @@
 where it has one.
 
 A preset (docs/method.md, "Presets") is a set of values for the `objective` section; what the file or the
-command line says wins. A `--preset` other than the file's own keeps the values that define it, whatever the file says.
+command line says wins. A `--preset` other than the file's own keeps the values that define it, whatever the
+file says.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The anchored surrogate and the component-weighted SFT loss on one LM head, gradient made in the forward.
 
 Formulas: reference.py. Saved for the backward: only the finished gradients, which the first backward
-multiplies by the incoming one and hands out; there is nothing to recompute, and nothing left for a second backward.
+multiplies by the incoming one and hands out; there is nothing to recompute, and nothing left for a second
+backward.
 """
 
 import functools
