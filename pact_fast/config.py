@@ -68,7 +68,7 @@ class RolloutConfig:
     trainer and server right after new weights; None: 1e-3, in half precision 0.5. mix_weights: a rollout
     under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
     with weights one step old, which objective.importance_ratio_cap corrects; the step after an evaluation or
-    a checkpoint is sampled with the present ones.
+    a checkpoint is sampled with the current ones.
     """
 
     num_generations: int = 8
