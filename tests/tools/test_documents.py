@@ -55,8 +55,8 @@ def test_modules_that_a_page_names_exist(page):
 
 def test_comments_name_files_that_exist():
     gone = []
-    for folder in ("pact_fast", "kernels", "bench", "configs", "scripts", "examples"):
-        for path in [p for end in ("py", "yaml", "sh") for p in (ROOT / folder).rglob(f"*.{end}")]:
+    for folder in ("pact_fast", "kernels", "csrc", "bench", "configs", "scripts", "examples"):
+        for path in [p for end in ("py", "cpp", "yaml", "sh") for p in (ROOT / folder).rglob(f"*.{end}")]:
             names = (
                 FILE.findall(path.read_text())
                 if "kernels" not in path.parts[:-1] or folder == "kernels"
