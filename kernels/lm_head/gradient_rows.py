@@ -1,8 +1,9 @@
 """Two small kernels behind the LM-head gradients.
 
-* `sum_rows_kernel`: dX[t] = sum of dY[r] over the loss rows r with row_index[r] = t. One program per
-  (t, column tile) walks its rows in a fixed order, so the sum is fp32 and bitwise repeatable, without
-  atomics; a t without rows is 0.
+* `sum_rows_kernel`: dX[t] = sum of dY[r] over the loss rows r with row_index[r] = t. One program per (t,
+column tile)
+  walks its rows in a fixed order, so the sum is fp32 and bitwise repeatable, without atomics; a t without
+  rows is 0.
 * `scale_kernel`: x *= g in place, g a device scalar; does nothing where g is 1, which the host need not know.
 """
 

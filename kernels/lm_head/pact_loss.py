@@ -1,8 +1,8 @@
 """The anchored surrogate and the component-weighted SFT loss on one LM head, gradient made in the forward.
 
-Formulas: reference.py. Saved for the backward: only the finished gradients, which the first backward
-multiplies by the incoming one and hands out; there is nothing to recompute, and nothing left for a second
-backward.
+Formulas: reference.py. Saved for the backward: only the finished gradients, which the first
+backward multiplies by the incoming one and hands out; there is nothing to recompute, and nothing left for a
+second backward.
 """
 
 import functools
@@ -16,8 +16,9 @@ from pact_fast.kernels.lm_head.checks import require_indices, require_weights
 from pact_fast.kernels.lm_head.gemm import add_product, capturing, equal_chunks, padded_rows
 from pact_fast.kernels.lm_head.reference import accumulation_dtype
 
-# Of a chunk's logits: 4,096 rows of 151,936 in bf16. Below 1,000 rows dW is bound by memory.
-CHUNK_BYTES = 1216 << 20
+CHUNK_BYTES = (
+    1216 << 20
+)  # of a chunk's logits: 4,096 rows of 151,936 in bf16; below 1,000 rows dW is bound by memory
 
 
 def rows_loss(impl: str) -> Callable[..., None]:

@@ -1,7 +1,8 @@
 """csrc/logits_rows.cu through ctypes: the loss row kernel with one read and one write of the logits
 (`impl="cuda"`).
 
-Same arguments and results as `rows.rows_loss`. Needs the library that setup.py builds where nvcc is found.
+Same arguments and results as `rows.rows_loss`. Needs the library that setup.py builds where nvcc is
+found.
 """
 
 import ctypes
@@ -15,8 +16,11 @@ from pact_fast.kernels.lm_head.reference import PolicyLossConfig, RowTerms
 
 LIBRARY = "liblogits_rows.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Modes of pact_rows_loss; ON_HOST: the device functions run on the CPU, for tests.
-BEST, TWO_PASSES, ON_HOST = 0, 1, 2
+BEST, TWO_PASSES, ON_HOST = (
+    0,
+    1,
+    2,
+)  # modes of pact_rows_loss; ON_HOST: the device functions run on the CPU, for tests
 
 
 class RowArgs(ctypes.Structure):

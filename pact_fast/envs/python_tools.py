@@ -1,8 +1,11 @@
-"""Tasks whose tools are Python source: the environment of one's own tools, and the base of FTRL and ToolHop.
+"""Tasks whose tools are Python source: the environment of one's own tools, and the ground FTRL and ToolHop
+stand on.
 
 A record's `env` holds `codes` ({tool name: source that defines a function of that name}) and `answer`. The
-source is untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result becomes text
-the way FTRL does it: dicts and lists as JSON, text as it is, all else through str().
+source is
+untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result becomes text the way
+FTRL does
+it: dicts and lists as JSON, text as it is, all else through str().
 """
 
 from __future__ import annotations

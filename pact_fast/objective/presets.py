@@ -13,11 +13,13 @@ class ObjectiveConfig:
     rl_context: context of the policy ratio: "trace" c(x,h), "prompt" x, "none" no policy term.
     anchor_probability: q, share of prompts that use the prompt-only ratio although rl_context is "trace".
     ratio_denominator: "context" is pi_old under the ratio's own context; "rollout" is pi_old as the tokens
-        were drawn, under x: the clip then also brakes a token whose probability c(x,h) has changed already.
+        were drawn, under x: the clip then also brakes a token that c(x,h) has already made unlikely (or
+        likely).
     rl_start: share of the steps before which no policy term is used (sft-then-grpo).
-    sft_targets: "components" (annealed), "all" (every assistant token), "none".
-    sft_end: share of the steps after which no SFT term is used. sft_weight: alpha.
-    mu_start, mu_end: CHORD's global weight, loss (1-mu) RL + mu SFT.
+    sft_targets: "components" (annealed), "all" (every assistant token), "none". sft_end: share of the steps
+    after which
+        no SFT term is used. sft_weight: alpha. mu_start, mu_end: CHORD's global weight, loss (1-mu) RL + mu
+        SFT.
     trace_observations: whether tool responses stay in the trace.
     beta: KL penalty to the policy before training, k3 estimator, under the context of the ratio.
     importance_ratio_cap: C; every advantage is multiplied by min(pi_old(y|x) / pi_engine(y|x), C), the

@@ -42,7 +42,7 @@ def policy_token_weight(
 
     Args:
         normalization: "token" 1/N_rl, "sequence" 1/(#sequences * length), "constant" 1/(#sequences *
-            max_length).
+        max_length).
         length: sampled tokens of this sequence.
         total_tokens: N_rl, sampled tokens of all sequences.
         num_sequences: number of sequences with a policy term.

@@ -119,7 +119,7 @@ def test_code_cites_the_method_by_sections_that_exist():
         for title in re.findall(r'docs/method\.md,\s+"([^"]+)"', text):
             assert title in titles, f"{path}: docs/method.md has no section {title!r}"
             cited += 1
-    assert cited >= 4
+    assert cited
 
 
 def test_the_changelog_has_every_renamed_name():

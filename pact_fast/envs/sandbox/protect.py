@@ -1,16 +1,16 @@
-"""What shuts a worker in: namespaces, a read-only root without the user's files, a system-call filter.
+"""What shuts a worker in: Linux namespaces, a read-only root without the user's files, a system-call
+filter, limits.
 
 Standard library only; loaded by path in the worker, before any tool runs. Each protection is tried on its
 own, and what holds is reported by name, so that a machine without user namespaces still runs tools, behind
 fewer walls:
 
-    namespaces     user, mount, network, pid, ipc of one `unshare`: no network device, no other process
-    root           only the Python library, shared libraries and a small scratch folder exist, all else
-                   read-only or absent
-    seccomp        no new process, no program start, no socket, no signal to others, no privileged call;
-                   without `root` also no write to any file
-    capabilities   none left
-    limits         memory, file size, open files, CPU seconds per call
+    user, mount, network, pid, ipc   namespaces of one `unshare`: no network device, no sight of other
+    processes root        only the Python library, shared libraries and a small scratch folder exist, all
+    else read-only or absent seccomp     no new process, no program start, no socket, no signal to others,
+    no privileged call;
+                without `root` also no write to any file
+    capabilities, limits   none left; memory, file size, open files, CPU seconds per call
 """
 
 import ctypes
@@ -162,8 +162,10 @@ SYSCALLS = {
 }
 # pidfd_send_signal io_uring_setup io_uring_enter io_uring_register pidfd_open pidfd_getfd
 COMMON_DENIED = (424, 425, 426, 427, 434, 438)
-# clone3, openat2: their arguments cannot be filtered; callers fall back to clone, openat.
-NOT_THERE = (435, 437)
+NOT_THERE = (
+    435,
+    437,
+)  # clone3, openat2: their arguments cannot be filtered; callers fall back to clone, openat
 CLONE_THREAD, WRITE_FLAGS = 0x10000, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 LOAD, EQUAL, GREATER_EQUAL, BITS, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000

@@ -1,9 +1,9 @@
 """The process that runs tool code. Started by path with `python -S -s -P`: standard library only, no package.
 
 Two processes: the outer one enters the namespaces, starts the inner one, and ends it when the trainer lets
-go of the pipe or dies; the inner one shuts itself in (protect.py) and then runs calls. Frames on the two
-pipes of the protocol: 4 bytes of length, then JSON. First comes {"protections": {name: true | reason}} from
-the worker.
+go of the pipe or dies; the inner one shuts itself in (protect.py) and then runs calls. Frames on
+the two pipes of the
+protocol: 4 bytes of length, then JSON. First comes {"protections": {name: true | reason}} from the worker.
 Requests: {"program": key, "source": text, "constants": {...}, "fresh": bool} stores a program; {"id",
 "program", "function", "arguments"} runs a call and is answered by {"id", "kind", "value"|"error",
 "recycle"?}; {"forget": true} drops all programs. "recycle": the call left something behind (threads,
