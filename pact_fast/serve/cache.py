@@ -75,7 +75,7 @@ class Slots:
 
     Args:
         model: a decoder-only causal LM with full attention in every layer.
-        lean: decode through `rollout.decode`, where that computes what the model does.
+        lean: decode through `rollout.in_process.decode`, where that computes what the model does.
     """
 
     def __init__(self, model: PreTrainedModel, *, lean: bool = False) -> None:

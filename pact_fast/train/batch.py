@@ -1,8 +1,7 @@
-"""From rollouts and traces to loss rows: which sequences a step scores, and the weight of every token in
-them.
+"""From rollouts and traces to loss rows: which sequences a step scores, and each token's weight.
 
 All normalisation is in the weights, from global counts, before anything is packed: the loss does not depend
-on how the samples are cut into packs, micro-batches or ranks (METHOD section 5).
+on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "The loss of a step").
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """In-process engine over a Hugging Face causal LM: one growing KV cache for all rows of a batch.
 
 Rows keep their keys and values from turn to turn, so a tool response costs one short prefill. Slots of the
-cache are
-shared by position in time, not by position in the sequence: a row that has nothing to feed leaves an invalid
-slot, and every turn starts by squeezing those out. Rows that finish leave the batch once half of it is idle.
+cache are shared by position in time, not by position in the sequence: a row that has nothing to feed leaves
+an invalid slot, and every turn starts by squeezing those out. Rows that finish leave the batch once half of
+it is idle.
 """
 
 from __future__ import annotations
