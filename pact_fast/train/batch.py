@@ -21,6 +21,7 @@ from pact_fast.distributed import Sharded
 from pact_fast.objective import SFTStrength, policy_token_weight, sft_token_strengths
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.rollout import Rollout
+from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
 
@@ -173,7 +174,7 @@ class PackLoss:
     policy: PactLossOutput | None
     sft: PactLossOutput | None
     num_tokens: int
-    num_pairs: int  # of a token and one it attends to
+    num_pairs: int  # of a token and one it attends to, over all layers
 
 
 def pack_losses(
@@ -208,7 +209,7 @@ def pack_losses(
         chosen = [samples[i] for i in indices]
         ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
         pack = (pack_tree if tree else pack_linear)(ids)
-        pairs = int(pack.position_ids.sum()) + pack.num_tokens
+        pairs = attention_pairs(policy.family, pack.position_ids)
         outputs: dict[bool, PactLossOutput | None] = {}
         compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
         if sharded is None:
@@ -289,8 +290,6 @@ def _call_op(
         dual_clip=objective.dual_clip,
         beta=objective.beta if "policy_weight" in rows else 0.0,
         entropy_coef=objective.entropy_coef if "policy_weight" in rows else 0.0,
-        bias=head.bias,
-        softcap=head.softcap,
-        temperature=temperature,
         impl=impl,
+        **head.options(temperature),
     )

@@ -143,7 +143,7 @@ class Trainer:
         if rollouts:
             row["rollout_tokens_per_second"] = sum(r.num_sampled for r in rollouts) / row["time/rollout"]
         packs = [pack for update in updates for pack in update.losses]
-        row |= speed(packs, row, self.model.config, self.peak, frozen=bool(config.lora.rank))
+        row |= speed(packs, row, self.policy.family, self.peak, frozen=bool(config.lora.rank))
         self.tokens_trained += int(sum(pack["tokens"] for pack in packs))
         row |= {
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),

@@ -1,9 +1,9 @@
 """Model families: everything the code knows about an architecture, in one place.
 
 `family_of(config)` reads a Hugging Face config into a `Family`: frozen numbers and names, no modules, no
-tensors. The tree policy, the sharding, the FLOP and memory accounting and the rollout engine ask it instead of
-the model. A family is accepted where tree log-probs and gradients equal those of its sequences run one by one
-(tests/tree/test_families.py). To add one: a function in READERS, a tiny config in that test.
+tensors. The tree policy, the sharding, the FLOP and memory accounting and the rollout engine ask it instead
+of the model. A family is accepted where tree log-probs and gradients equal those of its sequences run one by
+one (tests/tree/test_families.py). To add one: a function in READERS, a tiny config in that test.
 
 One decoder layer, with s = residual_scale, where a norm whose weight the layer lacks is the identity:
 
@@ -77,9 +77,9 @@ class Family:
 
     rotary_dim: the first rotary_dim of D dimensions are rotated, halves against each other (NeoX order).
     attention_scale: factor on q k^T.
-    embedding_scale: factor on embeddings; rounded_embedding_scale: it is rounded to the weights' dtype first.
+    embedding_scale: factor on embeddings; with rounded_embedding_scale rounded to the weights' dtype first.
     norm_offset: RMSNorm multiplies by weight + norm_offset (1 for Gemma, else 0).
-    norm_in_fp32: the multiplication by the weight is done in fp32 before rounding (Gemma, OLMo 2), else after.
+    norm_in_fp32: the product with the weight is made in fp32 and then rounded (Gemma, OLMo 2), else after.
     qk_norm: RMSNorm of queries and keys before RoPE: "head" over D, "all" over all heads at once, None.
     activation: "silu" or "gelu_pytorch_tanh", as transformers calls them.
     router_coef: factor of the router's auxiliary loss, 0 where the config does not ask for it.
@@ -232,7 +232,7 @@ def head_params(model: nn.Module, family: Family | None = None) -> HeadParams:
 
 
 def rope_frequencies(model: nn.Module, layer: LayerSpec) -> tuple[Tensor, float] | None:
-    """(inverse frequencies [rotary_dim / 2] fp32, factor on cos and sin) of a layer; None where it has no RoPE.
+    """(inverse frequencies [rotary_dim / 2] fp32, factor on cos and sin) of a layer; None without RoPE.
 
     cos(p * frequencies) * factor and sin likewise, made in fp32 and rounded to the activations' dtype.
     """
@@ -259,8 +259,8 @@ def family_of(config: Any) -> Family:
         raise ValueError(f"model_type {name!r} is not supported: {REFUSED[name]}")
     if name not in READERS:
         raise ValueError(
-            f"model_type {name!r} is not supported: known are {', '.join(READERS)}. To add a family, describe it "
-            "in pact_fast/tree/families.py and add a tiny config of it to tests/tree/test_families.py"
+            f"model_type {name!r} is not supported: known: {', '.join(READERS)}. To add a family, describe "
+            "it in pact_fast/tree/families.py and add a tiny config of it to tests/tree/test_families.py"
         )
     _check_rope(name, config)
     family = READERS[name](config)
@@ -280,9 +280,6 @@ def check_model(model: Any) -> Family:
     if model.get_output_embeddings() is None:
         raise ValueError(f"{kind} has no LM head; load it with AutoModelForCausalLM")
     return family
-
-
-# --- readers: one a family, from its config -------------------------------------------------------------------
 
 
 def _sizes(c: Any) -> dict[str, Any]:
@@ -368,8 +365,8 @@ def _mistral(c: Any) -> Family:
 def _gemma3(c: Any) -> Family:
     if c.attn_logit_softcapping is not None:
         raise ValueError(
-            f"{c.model_type}: attn_logit_softcapping = {c.attn_logit_softcapping}: tree attention has no softcap "
-            "(and transformers' own Gemma 3 ignores it); set it to None"
+            f"{c.model_type}: attn_logit_softcapping = {c.attn_logit_softcapping}: tree attention has no "
+            "softcap (and transformers' own Gemma 3 ignores it); set it to None"
         )
     if c.use_bidirectional_attention:
         raise ValueError(
@@ -453,7 +450,7 @@ READERS: dict[str, Callable[[Any], Family]] = {
     "smollm3": _smollm3,
 }
 REFUSED = {
-    "gemma3": "it is the multimodal model; load its text part with Gemma3ForCausalLM (model_type gemma3_text)",
+    "gemma3": "it sees images too; load its text part with Gemma3ForCausalLM (model_type gemma3_text)",
     "gpt_oss": "attention sinks are not supported by tree attention",
     "gemma2": "it caps attention scores, which tree attention does not",
 }
@@ -464,7 +461,8 @@ def _check_rope(name: str, config: Any) -> None:
     for part in rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]:
         if (kind := part.get("rope_type", "default")) in ("dynamic", "longrope"):
             raise ValueError(
-                f"{name}: rope_type {kind!r} depends on the sequence's length, in which branches of a tree differ"
+                f"{name}: rope_type {kind!r} depends on the sequence's length, in which branches of a tree "
+                "differ"
             )
 
 

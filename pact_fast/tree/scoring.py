@@ -129,10 +129,8 @@ def pack_logprobs(
             hidden,
             head.weight,
             tokens,
-            bias=head.bias,
-            temperature=temperature / head.scale,
-            softcap=head.softcap,
             impl=impl,
+            **head.options(temperature),
         )
 
     if token_budget is None or torch.is_grad_enabled() or pack.num_tokens <= token_budget:
