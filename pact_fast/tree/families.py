@@ -47,10 +47,7 @@ class HeadParams(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of hidden states [N, H], in their dtype."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return _finish(nn.functional.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,10 @@ class Family:
     norm_topk: bool = False
     router_coef: float = 0.0
     attention_dropout: float = field(default=0.0, compare=False)
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Logits [N, V] from what the head module returns, hidden @ weight.T + bias."""
+        return _finish(products, self.logits_scale, self.logits_softcap)
 
     @property
     def parameters(self) -> int:
@@ -206,6 +207,15 @@ def model_flops(
                 per_token += share * prod(weight.shape)
     linear = 2 * passes * (per_token * tokens + family.hidden * family.vocabulary * rows)
     return linear + (3 if backward else 1) * 4 * family.heads * family.head_dim * pairs
+
+
+def check_full_attention(family: Family, who: str) -> None:
+    """ValueError unless every token of every layer sees all before it: `who` knows no sliding window."""
+    if windows := sorted(w for w in _windows(family) if w is not None):
+        raise ValueError(
+            f"{family.name} has sliding_attention layers (window {windows[0]}): {who} needs full attention "
+            "in every layer; use another rollout engine or server for this model"
+        )
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -464,6 +474,12 @@ def _check_rope(name: str, config: Any) -> None:
                 f"{name}: rope_type {kind!r} depends on the sequence's length, in which branches of a tree "
                 "differ"
             )
+
+
+def _finish(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _windows(family: Family) -> set[int | None]:

@@ -109,6 +109,8 @@ CONFIGS = {
         **SHAPE, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=5
     ),
 }
+# The norm of a gradient that is zero but for rounding (a key's bias without RoPE); others are far above.
+FLOOR = 3e-5
 WINDOWED = [name for name, c in CONFIGS.items() if any(layer.window for layer in family_of(c).layers)]
 
 
@@ -138,7 +140,7 @@ def test_logprobs_and_every_gradient_equal_one_by_one(name):
     got = sequence_logprobs(model, sequences)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
-    assert_gradients_equal(model, weighted_sum(got), weighted_sum(want))
+    assert_gradients_equal(model, weighted_sum(got), weighted_sum(want), FLOOR)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma3_text", "phi3", "granite"])
@@ -146,7 +148,7 @@ def test_checkpointed_gradients_equal_one_by_one(name):
     model = tiny(name)
     sequences = sequences_of(2)
     got = sequence_logprobs(Policy(model, gradient_checkpointing=True), sequences)
-    assert_gradients_equal(model, weighted_sum(got), weighted_sum(one_by_one(model, sequences)))
+    assert_gradients_equal(model, weighted_sum(got), weighted_sum(one_by_one(model, sequences)), FLOOR)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
