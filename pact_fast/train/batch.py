@@ -6,7 +6,7 @@ on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from pact_fast.rollout import Rollout
 from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
+from pact_fast.tree.router import RouterLoad, balance_loss
 
 
 @dataclass
@@ -175,6 +176,7 @@ class PackLoss:
     sft: PactLossOutput | None
     num_tokens: int
     num_pairs: int  # of a token and one it attends to, over all layers
+    router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
 
 
 def pack_losses(
@@ -205,19 +207,59 @@ def pack_losses(
     )
     if sharded is not None:
         plan = sharded.world.pad_shard(plan, [])
+
+    def lay_out(indices: Sequence[int]) -> TreePack:
+        ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
+        return (pack_tree if tree else pack_linear)(ids)
+
+    whole = _whole_load(policy, plan, lay_out, sharded) if plan and policy.family.router_coef else None
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
-        ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
-        pack = (pack_tree if tree else pack_linear)(ids)
+        pack = lay_out(indices)
         pairs = attention_pairs(policy.family, pack.position_ids)
         outputs: dict[bool, PactLossOutput | None] = {}
-        compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
+        router: list[Tensor] = []
+        compute = partial(
+            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, whole, router
+        )
         if sharded is None:
             total = compute()
         else:
             sharded.sync_gradients(number == len(plan) - 1)
             total = sharded.run(compute)
-        yield PackLoss(total, chosen, outputs[True], outputs[False], pack.num_tokens, pairs)
+        yield PackLoss(
+            total,
+            chosen,
+            outputs[True],
+            outputs[False],
+            pack.num_tokens,
+            pairs,
+            router[0] if router else None,
+        )
+
+
+@torch.no_grad()
+def _whole_load(
+    policy: Policy,
+    plan: Sequence[Sequence[int]],
+    lay_out: Callable[[Sequence[int]], TreePack],
+    sharded: Sharded | None,
+) -> tuple[Tensor, int]:
+    """Counts [E] and routings of all packs of all ranks: one more forward of each, see tree/router.py."""
+    loads: list[RouterLoad] = []
+
+    def forward(pack: TreePack) -> Tensor:
+        hidden, load = policy.hidden_and_load(pack)
+        loads.append(load)
+        return hidden
+
+    for indices in plan:
+        compute = partial(forward, lay_out(indices))
+        _ = compute() if sharded is None else sharded.run(compute)
+    # Not of an empty pack, which only keeps the ranks in step.
+    mine = [(load.counts.cpu(), load.routings) for load, own in zip(loads, plan, strict=True) if own]
+    counts, routings = zip(*(mine if sharded is None else sharded.world.concat(mine)), strict=True)
+    return torch.stack(counts).sum(0).to(policy.device), sum(routings)
 
 
 def _pack_loss(
@@ -228,15 +270,23 @@ def _pack_loss(
     temperature: float,
     impl: str,
     outputs: dict[bool, PactLossOutput | None],
+    whole: tuple[Tensor, int] | None,
+    router: list[Tensor],
 ) -> Tensor:
-    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`."""
+    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`, its
+    part of the router's auxiliary loss, where the load of all packs is given, into `router`."""
     # Before the forward: a copy to the device waits for what is queued there.
     rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
-    hidden = policy.hidden(pack)
+    if whole is None:
+        hidden = policy.hidden(pack)
+    else:
+        hidden, load = policy.hidden_and_load(pack)
+        if samples:
+            router.append(policy.family.router_coef * balance_loss(load.probs, *whole))
     for kind, terms in rows.items():
         scale = temperature if kind else 1.0
         outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
-    losses = [o.loss for o in outputs.values() if o is not None]
+    losses = [o.loss for o in outputs.values() if o is not None] + router
     if losses:
         return torch.stack(losses).sum()
     # Ranks must exchange the same gradients: the head's is there too, as zeros.

@@ -66,6 +66,8 @@ def pack_metrics(pack: PackLoss) -> dict[str, float]:
         "tokens": float(pack.num_tokens),
         "pairs": float(pack.num_pairs),
     }
+    if pack.router_loss is not None:
+        out["router_loss"] = float(pack.router_loss.detach())
     if pack.policy is not None:
         chosen = [s for s in pack.samples if s.is_policy]
         live = [s.live() for s in chosen]
@@ -103,6 +105,8 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         "loss": total("loss") / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
     }
+    if any("router_loss" in p for p in packs):
+        row["router_loss"] = total("router_loss") / len(updates)
     if total("policy_rows"):
         row["policy_loss"] = total("policy_loss") / len(updates)
         row["kl"] = total("kl") / total("policy_weight")

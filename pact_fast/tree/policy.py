@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.tree.families import HeadParams, causal_lm, check_model, decoder_layers, head_params
 from pact_fast.tree.packing import TreePack
+from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
 
 ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
 LIGER = ("llama", "qwen2", "qwen3")  # families whose Liger kernels a test compares with the plain model
@@ -166,6 +167,15 @@ class Policy:
         pack = pack.to(self.device)
         call = _TreeCall(pack.subtree_end, self.attention)
         return self._forward(pack.input_ids, pack.position_ids, call)
+
+    def hidden_and_load(self, pack: TreePack) -> tuple[Tensor, RouterLoad]:
+        """As `hidden`, and where the expert layers sent the pack's tokens, each counted once: what the
+        router's auxiliary loss is made of (`pact_fast.tree.router`). For families with experts."""
+        if not self.family.experts_per_token:
+            raise ValueError(f"{self.family.name} has no expert layers: use Policy.hidden")
+        with record_router_logits(self._causal, self.family) as logits:
+            hidden = self.hidden(pack)
+        return hidden, router_load(logits, self.family.experts_per_token)
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, call: _TreeCall) -> Tensor:
         config = self._causal.config

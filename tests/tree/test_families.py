@@ -24,7 +24,10 @@ from transformers import (
     Qwen3NextConfig,
     SmolLM3Config,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from pact_fast.config import ObjectiveConfig
+from pact_fast.train.batch import Sample, pack_losses
 from pact_fast.tree.families import (
     READERS,
     attention_pairs,
@@ -39,6 +42,7 @@ from pact_fast.tree.families import (
 )
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.policy import Policy
+from pact_fast.tree.router import balance_loss
 from pact_fast.tree.scoring import sequence_logprobs
 from tests.tree.conftest import pact_sequences, random_sequences
 from tests.tree.test_policy import assert_gradients_equal, one_by_one, weighted_sum
@@ -114,9 +118,10 @@ FLOOR = 3e-5
 WINDOWED = [name for name, c in CONFIGS.items() if any(layer.window for layer in family_of(c).layers)]
 
 
-def tiny(name):
+def tiny(config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), attn_implementation="sdpa").float()
+    config = deepcopy(CONFIGS[config] if isinstance(config, str) else config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases: off their start, so that a wrong use shows
@@ -324,3 +329,82 @@ def test_flops_of_qwen3_are_weights_and_pairs():
 def test_what_a_tree_cannot_go_through_is_refused_by_name(config, words):
     with pytest.raises(ValueError, match=words):
         family_of(config)
+
+
+MOE = Qwen3MoeConfig(**WIDE, **EXPERTS, output_router_logits=True, router_aux_loss_coef=0.3)
+
+
+def whole_router_loss(model, packs):
+    """transformers' own auxiliary loss over every token of each pack once, from sequences run alone."""
+    picked = [[] for _ in decoder_layers(model)]
+    for sequences in packs:
+        seen = set()
+        for sequence in sequences:
+            logits = model(torch.tensor([sequence]), output_router_logits=True).router_logits
+            fresh = [i for i in range(len(sequence)) if tuple(sequence[: i + 1]) not in seen]
+            seen |= {tuple(sequence[: i + 1]) for i in fresh}
+            for layer, values in zip(picked, logits, strict=True):
+                layer.append(values[fresh])
+    whole = tuple(torch.cat(layer) for layer in picked)
+    return load_balancing_loss_func(whole, MOE.num_experts, MOE.num_experts_per_tok)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_router_loss_counts_every_token_of_the_tree_once(checkpointing):
+    model = tiny(MOE)
+    sequences = pact_sequences(5)
+    pack = pack_tree(sequences)
+    _, load = Policy(model, gradient_checkpointing=checkpointing).hidden_and_load(pack)
+    assert load.routings == 2 * pack.num_tokens
+    loss = balance_loss(load.probs, load.counts, load.routings)
+    want = whole_router_loss(model, [sequences])
+    torch.testing.assert_close(loss, want)
+    got = torch.autograd.grad(loss, list(model.model.layers.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(want, list(model.model.layers.parameters()), allow_unused=True)
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+
+
+def samples_of(sequences, start):
+    """The first sequence as a trace, the others as rollouts, every token after `start` with a loss."""
+    samples = []
+    for s, ids in enumerate(map(torch.tensor, sequences)):
+        live = (torch.arange(len(ids)) >= start).float()
+        none = torch.zeros(len(ids))
+        weight = live * torch.linspace(0.01, 0.03, len(ids))
+        rollout = {"old_logprobs": None, "engine_logprobs": none} if s else {}
+        advantages = torch.full((len(ids),), 0.5 + s)
+        samples.append(Sample("r", ids, weight if s else none, advantages, none if s else weight, **rollout))
+    return samples
+
+
+@pytest.mark.parametrize("config", ["granite", "gemma3_text", MOE], ids=["scale", "softcap", "router"])
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget):
+    """At ratio 1 the gradient of the policy term is that of -sum weight advantage logprob."""
+    model = tiny(config)
+    sequences = pact_sequences(6, prompt=12, trace=8, rollout=10, group=2)
+    samples = samples_of(sequences, 12)
+    temperature = 0.7
+    want = torch.zeros(())
+    for sample in samples:
+        logits = model(sample.ids[None]).logits[0, :-1] / (temperature if sample.is_policy else 1.0)
+        logprobs = logits.log_softmax(-1).gather(1, sample.ids[1:, None])[:, 0]
+        want = want - ((sample.policy_weight * sample.advantages + sample.sft_weight)[1:] * logprobs).sum()
+    got, router, packed = torch.zeros(()), 0.0, []
+    for pack in pack_losses(
+        Policy(model), samples, ObjectiveConfig(), token_budget=budget, temperature=temperature
+    ):
+        got = got + pack.loss
+        router += float(pack.router_loss or 0.0)
+        packed.append([s.ids.tolist() for s in pack.samples])
+    assert (len(packed) > 1) == (budget == 60)
+    if config is MOE:
+        aux = whole_router_loss(model, packed)
+        assert router == pytest.approx(0.3 * float(aux), rel=1e-4)
+        want = want + 0.3 * aux
+    else:
+        assert router == 0.0
+    assert_gradients_equal(model, got, want, FLOOR)
