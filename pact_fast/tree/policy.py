@@ -280,12 +280,12 @@ def _tree_attention_on(config) -> Iterator[None]:
 
 
 def _apply_liger(model: Any) -> None:
+    if (kind := model.config.model_type) not in LIGER:
+        raise ValueError(f"liger=True: its kernels for {kind!r} are not tested here, only {', '.join(LIGER)}")
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError as error:
         raise ImportError("liger=True needs the package liger-kernel: pip install liger-kernel") from error
-    if (kind := model.config.model_type) not in LIGER:
-        raise ValueError(f"liger=True: its kernels for {kind!r} are not tested here, only {', '.join(LIGER)}")
     apply = getattr(monkey_patch, f"apply_liger_kernel_to_{kind}")
     # The head and its loss are ours.
     heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}

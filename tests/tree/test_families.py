@@ -1,6 +1,7 @@
 """Every model family: a tree pass equals running its sequences alone, and its description is the model's."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -407,3 +408,12 @@ def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget, packin
     else:
         assert router == 0.0
     assert_gradients_equal(model, got, want, FLOOR)
+
+
+def test_what_needs_more_than_the_family_has_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"liger=True: its kernels for 'granite'"):
+        Policy(tiny("granite"), liger=True)
+    with pytest.raises(ValueError, match="olmo2 has no expert layers"):
+        Policy(tiny("olmo2")).hidden_and_load(pack_tree([[1, 2]]))
+    with pytest.raises(ValueError, match="granite: logits_scale .* beside logits_softcap"):
+        replace(family_of(CONFIGS["granite"]), logits_softcap=3.0)
