@@ -116,8 +116,8 @@ class Family:
     def __post_init__(self) -> None:
         if self.logits_scale != 1.0 and self.logits_softcap is not None:
             raise ValueError(
-                f"{self.name}: logits_scale {self.logits_scale} beside logits_softcap {self.logits_softcap}: the "
-                "fused ops take one of them"
+                f"{self.name}: logits_scale {self.logits_scale} beside logits_softcap {self.logits_softcap}: "
+                "the fused ops take one of them"
             )
 
     def logits(self, products: Tensor) -> Tensor:
