@@ -241,7 +241,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "solved": [solved.mean, solved.low, solved.high],
             "reward": _mean(r["reward"] for r in chosen),
             "calls": _mean(r["calls"] for r in chosen),
-            "scores": {name: _mean(r["scores"].get(name, 0.0) for r in chosen) for name in names},
+            "scores": {name: _mean(s[name] for r in chosen if name in (s := r["scores"])) for name in names},
             "failures": {k: sum(r["failures"].get(k, 0) for r in chosen) for k in FAILURE_KINDS},
         }
     return out
@@ -267,7 +267,9 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         "reward": [f"{numbers['reward']:.3f}" for numbers in groups.values()],
         "calls": [f"{numbers['calls']:.2f}" for numbers in groups.values()],
     }
-    lines |= {name: [f"{g['scores'].get(name, 0.0):.3f}" for g in groups.values()] for name in names}
+    for name in names:
+        values = [numbers["scores"].get(name) for numbers in groups.values()]
+        lines[name] = ["-" if value is None else f"{value:.3f}" for value in values]
     for label, cells in lines.items():
         table.add_row(label, *cells)
     return table

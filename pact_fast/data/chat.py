@@ -12,6 +12,7 @@ equal the ids of the whole rendered conversation, and each token has exactly one
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 
 from pact_fast.data import formats
 from pact_fast.data.formats import DEFAULT_PRIVILEGED_TEMPLATE, FORMAT_NAMES, CallSyntax, Headers
-from pact_fast.data.parsing import AssistantTurn, ToolCall, parse_turn
+from pact_fast.data.parsing import SPELT, AssistantTurn, ToolCall, parse_turn
+from pact_fast.data.reading import clean_text
 from pact_fast.data.segments import token_segments
 
 __all__ = ["AssistantTurn", "ChatFormat", "Component", "Tokens", "ToolCall"]
@@ -29,7 +31,7 @@ _MARK = "@@pact_fast:privileged@@"  # where privileged text goes in a rendered p
 
 
 class Component(IntEnum):
-    """What a token is; METHOD terms. Only assistant turns hold REASONING, STRUCTURE, TOOL_CALL and ANSWER."""
+    """What a token is. Only assistant turns hold REASONING, STRUCTURE, TOOL_CALL and ANSWER."""
 
     CONTEXT = 0  # system and user text, role headers, everything that the template adds
     REASONING = 1
@@ -112,6 +114,9 @@ class ChatFormat:
         added = tokenizer.get_added_vocab()
         wanted = (*formats.TAGS, *headers.special, headers.end)
         self._atomic: dict[str, int] = {text: added[text] for text in wanted if text in added}
+        control = _control_tokens(tokenizer, self._atomic)
+        self._control, self._steering = _pattern(control), _pattern(control - set(formats.TAGS))
+        self._tag_ids = {i: text for text, i in self._atomic.items() if text in formats.TAGS}
         extra_ends = (headers.end, "<|endoftext|>", "<|eom_id|>")
         stops = [added[text] for text in extra_ends if text in added]
         if tokenizer.eos_token_id is not None:
@@ -138,7 +143,7 @@ class ChatFormat:
         ChatML tokenizers and "llama" for Llama 3 ones. "hermes" | "llama" take the model's own template
         where it writes calls that way, else the bundled one. "compact" is hermes with a short tool list
         (bundled).
-        segments: reasoning segments a turn (METHOD K). privileged_template: text with {trace} in it.
+        segments: K, reasoning segments per turn. privileged_template: text with {trace} in it.
         Raises ValueError for an unknown name, a slow tokenizer, or role markers that no format knows.
         """
         if name not in FORMAT_NAMES:
@@ -183,11 +188,11 @@ class ChatFormat:
         last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
         if last_user is None:
             raise ValueError("prompt has no user message to answer")
-        marked = [dict(message) for message in messages]
+        marked = self._spelt([dict(message) for message in messages])
         marked[last_user]["content"] += _MARK
         text = self.tokenizer.apply_chat_template(
             marked,
-            tools=list(tools) or None,
+            tools=self._spelt(list(tools)) or None,
             chat_template=self.template,
             add_generation_prompt=True,
             tokenize=False,
@@ -207,10 +212,23 @@ class ChatFormat:
             texts.insert(1, self.privileged_template.replace("{trace}", privileged))
         tokens = Tokens()
         for i, part in enumerate(texts):
-            untrusted = privileged is not None and i == 1
-            for token in self._encode_text(part, plain=untrusted)[0]:
-                tokens.append(token, Component.CONTEXT, -1)
+            pieces = part.split(SPELT)
+            if privileged is not None and i == 1:  # its tags are markup (`render_trace`), no header ever is
+                pieces = [piece for text in pieces for piece in _cut(text, self._steering)]
+            for piece in pieces:
+                for token in self._encode_text(piece)[0]:
+                    tokens.append(token, Component.CONTEXT, -1)
         return tokens
+
+    def _spelt(self, value: Any) -> Any:
+        """A JSON value whose texts have SPELT inside every control token that they spell: data, not
+        markup.
+        """
+        if isinstance(value, str):
+            return SPELT.join(_cut(clean_text(value), self._control))
+        if isinstance(value, Mapping):
+            return {self._spelt(key): self._spelt(item) for key, item in value.items()}
+        return [self._spelt(item) for item in value] if isinstance(value, list | tuple) else value
 
     def assistant(self, message: Mapping, turn: int) -> Tokens:
         """One expert turn as the model would have to emit it after the generation header, end of turn
@@ -288,16 +306,18 @@ class ChatFormat:
 
     def render_trace(self, messages: Sequence[Mapping], *, observations: bool = True) -> str:
         """h as text for `prompt(privileged=...)`: reasoning, calls, answers and, with observations, tool
-        responses.
+        responses. Control tokens that these spell have SPELT inside.
         """
         parts = []
         for message in messages:
             if message["role"] == "assistant":
-                parts.append("".join(piece.text for piece in self._assistant_pieces(message)))
+                pieces = self._assistant_pieces(message)
+                parts.append("".join(p.text if p.tag else self._spelt(p.text) for p in pieces))
             elif message["role"] == "user":
-                parts.append(f"User: {message['content']}")
+                parts.append(f"User: {self._spelt(message['content'])}")
             elif observations:
-                parts.append(f"{formats.RESPONSE_OPEN}\n{message['content']}\n{formats.RESPONSE_CLOSE}")
+                response = self._spelt(message["content"])
+                parts.append(f"{formats.RESPONSE_OPEN}\n{response}\n{formats.RESPONSE_CLOSE}")
         return "\n".join(parts)
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -307,7 +327,17 @@ class ChatFormat:
         end = len(ids)
         while end and ids[end - 1] in self.stop_token_ids:
             end -= 1
-        return parse_turn(self.decode(ids[:end]), self._syntax, complete=complete)
+        return parse_turn(self._marked(ids[:end]), self._syntax, complete=complete)
+
+    def _marked(self, ids: Sequence[int]) -> str:
+        """Text of a turn; tags that are spelt, where the tokenizer has them as tokens, have SPELT inside."""
+        parts, begin = [], 0
+        for i, token in enumerate([*ids, None]):
+            if token is None or token in self._tag_ids:
+                parts.append(SPELT.join(_cut(self.decode(ids[begin:i]), self._control)))
+                parts.append("" if token is None else self._tag_ids[token])
+                begin = i + 1
+        return "".join(parts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens and tags included."""
@@ -393,19 +423,57 @@ class ChatFormat:
                 tokens.segments[position] = segment
 
     def _encode_text(self, text: str, *, plain: bool = False) -> tuple[list[int], list[int]]:
-        """Ids and first characters. `plain`: special tokens written out in `text` stay text (tool output)."""
+        """Ids and first characters. `plain`: control tokens written out in `text` stay text (tool output)."""
+        text = clean_text(text)  # half a surrogate pair is no UTF-8, and the backend refuses it
+        if not plain:
+            return self._encode(text)
+        ids: list[int] = []
+        starts: list[int] = []
+        begin = 0
+        for piece in _cut(text, self._control):
+            own, first = self._encode(piece)
+            ids += own
+            starts += [begin + start for start in first]
+            begin += len(piece)
+        return ids, starts
+
+    def _encode(self, text: str) -> tuple[list[int], list[int]]:
         # The backend itself, as the tokenizer's own call costs five times the encoding of a short text; that
-        # call sets these three anew for itself every time. They are the backend's own: one thread at a time.
+        # call sets these two anew for itself every time. They are the backend's own: one thread at a time.
         backend = self.tokenizer.backend_tokenizer
         with self._encoding:
             if backend.truncation is not None:
                 backend.no_truncation()
             if backend.padding is not None:
                 backend.no_padding()
-            backend.encode_special_tokens = plain
             encoding = backend.encode(text, add_special_tokens=False)
-            backend.encode_special_tokens = False
         return encoding.ids, [start for start, _ in encoding.offsets]
+
+
+def _control_tokens(tokenizer: Any, atomic: Mapping[str, int]) -> set[str]:
+    """Added tokens that steer: the special ones, the tags and headers, and what is written in brackets.
+
+    Other added tokens are words of the vocabulary, which a text may well hold.
+    """
+    return {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if len(token.content.strip()) > 1
+        and (token.special or token.content in atomic or re.fullmatch(r"<.+>|\[.+\]", token.content))
+    }
+
+
+def _pattern(texts: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _cut(text: str, control: re.Pattern[str]) -> list[str]:
+    """`text` cut after the first character of every control token that it spells: none of them is left."""
+    pieces = []
+    while (spelt := control.search(text)) is not None:
+        pieces.append(text[: spelt.start() + 1])
+        text = text[spelt.start() + 1 :]
+    return [*pieces, text]
 
 
 def _headers_of(tokenizer: Any) -> Headers:

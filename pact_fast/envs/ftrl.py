@@ -7,13 +7,13 @@ list of calls {"name", "arguments"}), from which an expert trace is made, or an 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
+from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record
 from pact_fast.data.traces import Call, trace_from_calls
 from pact_fast.envs.base import Outcome
@@ -22,6 +22,7 @@ from pact_fast.envs.python_tools import (
     PythonToolsEnv,
     PythonToolsSettings,
     SourceEpisode,
+    answers_of,
     solve_scores,
 )
 
@@ -54,9 +55,8 @@ class FtrlEnv(PythonToolsEnv):
 
     `solved`: every answer of the unsolved set was given by a call. The episode's reward is the mean of its
     turn rewards, or Solve-F1 with reward="solve_f1". A turn without a readable call gets, by the first rule
-    that fits: -0.5 empty,
-    -0.3 stray or unreadable tool tags, 1/(1 + answers left) if it holds the final answer, 0.5 if all are
-    solved, else 0.
+    that fits: -0.5 empty, -0.3 stray or unreadable tool tags, 1/(1 + answers left) if it holds the final
+    answer, 0.5 if all are solved, else 0.
     """
 
     name = "ftrl"
@@ -93,7 +93,7 @@ class FtrlEnv(PythonToolsEnv):
             turn = AssistantTurn("", "", (ToolCall(call[0], dict(call[1]), None, ""),), "", True)
             return self.step(episode, [turn])[0].tool_responses[0]
 
-        answer = f"The answer is {record.env['answer']}."
+        answer = f"The answer is {', '.join(answers_of(record))}."
         return trace_from_calls(record.prompt[-1]["content"], record.tools, truth, run, answer)
 
     def _episode(self, record: Record) -> FtrlEpisode:
@@ -119,12 +119,12 @@ class FtrlEnv(PythonToolsEnv):
         return gained / len(calls)
 
     def _closing_reward(self, episode: FtrlEpisode, turn: AssistantTurn) -> float:
-        answer = str(episode.record.env.get("answer", "")).lower().replace(",", "").strip()
+        answers = [a.lower().replace(",", "").strip() for a in answers_of(episode.record)]
         if not turn.content and not turn.tool_calls:
             return -0.5
         if turn.tool_calls or any(tag in turn.content for tag in STRAY_TAGS):
             return -0.3
-        if answer and answer in turn.content.lower().replace(",", ""):
+        if any(answer in turn.content.lower().replace(",", "") for answer in answers):
             return 1 / (1 + episode.unsolved)
         return 0.5 if episode.unsolved == 0 else 0.0
 
@@ -148,8 +148,8 @@ def ground_truth(record: Record) -> list[tuple[str, dict]] | None:
         return None
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = read_json(value)
+        except ValueError as error:
             raise ValueError(f"{where}: is text but not JSON: {error}") from None
     calls = []
     for i, call in enumerate(value):
@@ -157,7 +157,13 @@ def ground_truth(record: Record) -> list[tuple[str, dict]] | None:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise ValueError(f"{where}[{i}]: must be an object with name and arguments, got {call!r:.80}")
         arguments = call.get("arguments") or {}
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = read_json(arguments)
+            except ValueError as error:
+                raise ValueError(f"{where}[{i}].arguments: is text but not JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{where}[{i}].arguments: must be an object, got {type(arguments).__name__}")
         if call["name"] not in record.env["codes"]:
             raise ValueError(f"{where}[{i}].name: no tool named {call['name']!r}")
         calls.append((call["name"], arguments))

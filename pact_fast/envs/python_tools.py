@@ -1,26 +1,30 @@
-"""Tasks whose tools are Python source: the environment of one's own tools, and the ground FTRL and ToolHop
-stand on.
+"""Tasks whose tools are Python source: the environment of one's own tools, and the ground of FTRL and
+ToolHop.
 
-A record's `env` holds `codes` ({tool name: source that defines a function of that name}) and `answer`. The
-source is
-untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result becomes text the way
-FTRL does
-it: dicts and lists as JSON, text as it is, all else through str().
+A record's `env` holds `codes` ({tool name: source that defines a function of that name}), and `answer`
+(text, a number, or a list of alternatives) or `unsolved_set` ({tool name: values its calls should give}), or
+both. The source is untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result
+becomes text the way FTRL does it: dicts and lists as JSON, text as it is, all else through str().
 """
 
 from __future__ import annotations
 
-import json
+import ast
+import difflib
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
+from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import Episode, Outcome, StepResult
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
+
+KNOWN = ("codes", "answer", "unsolved_set", "ground_truth")  # fields that this module and its heirs read
 
 RENDER = """
 def render_result(name, arguments):
@@ -133,12 +137,27 @@ class PythonToolsEnv:
 
     def _prepare(self, record: Record) -> Record:
         """The record, its fields for this environment decoded (in place) and checked; twice does no harm."""
+        env = record.env
         for key, required in (("codes", True), ("unsolved_set", False)):
-            record.env[key] = decoded(record, key, required)
+            env[key] = decoded(record, key, required)
         for tool in record.tools:
             name = tool["function"]["name"]
-            if name not in record.env["codes"]:
-                raise ValueError(f"{record.source}: record {record.id!r}: codes: no source for tool {name!r}")
+            if name not in env["codes"]:
+                bad_field(record, "codes", f"no source for tool {name!r}")
+        for name, source in env["codes"].items():
+            check_source(record, name, source)
+        if env["unsolved_set"] is not None:
+            env["unsolved_set"] = {
+                tool: gold_answers(record, f"unsolved_set.{tool}", value)
+                for tool, value in env["unsolved_set"].items()
+            }
+            for tool in env["unsolved_set"].keys() - env["codes"].keys():
+                bad_field(record, "unsolved_set", f"answers of tool {tool!r}, which `codes` does not hold")
+        if env.get("answer") is not None:
+            gold_answers(record, "answer", env["answer"])
+        elif not env["unsolved_set"]:
+            near = difflib.get_close_matches("answer", [key for key in env if key not in KNOWN], 1)
+            bad_field(record, "answer", "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
         return record
 
     # Episodes
@@ -235,13 +254,12 @@ class PythonToolsEnv:
         return float(self._answered(episode))
 
     def _answered(self, episode: SourceEpisode) -> bool:
-        answer = episode.record.env.get("answer")
-        return answer is not None and episode.closed and matches(episode.content, str(answer))
+        return episode.closed and any(matches(episode.content, gold) for gold in answers_of(episode.record))
 
     def _outcome(self, episode: SourceEpisode, truncated: str | None) -> Outcome:
         scores = solve_scores(episode) | {"answer": float(self._answered(episode))}
         weight = self.settings.answer_weight if episode.record.env.get("unsolved_set") else 1.0
-        reward = weight * scores["answer"] + (1 - weight) * scores["solve_f1"]
+        reward = weight * scores["answer"] + (1 - weight) * scores.get("solve_f1", 0.0)
         return self._book(episode, truncated, reward, scores["answer"] == 1.0, scores)
 
     @staticmethod
@@ -254,13 +272,15 @@ class PythonToolsEnv:
 
 
 def solve_scores(episode: SourceEpisode) -> dict[str, float]:
-    """Solve-P = S/C (1 where C = 0), Solve-R = S/U, Solve-F1 = 2S/(C+U); 1 for a record without
-    sub-answers."""
+    """Solve-P = S/C (1 where C = 0), Solve-R = S/U, Solve-F1 = 2S/(C+U); none for a record without
+    sub-answers, which nothing can solve."""
     solved, calls, total = episode.solved, episode.calls, episode.solved + episode.unsolved
+    if not total:
+        return {}
     return {
         "solve_p": solved / calls if calls else 1.0,
-        "solve_r": solved / total if total else 1.0,
-        "solve_f1": 2 * solved / (calls + total) if total else 1.0,
+        "solve_r": solved / total,
+        "solve_f1": 2 * solved / (calls + total),
     }
 
 
@@ -268,16 +288,65 @@ def decoded(record: Record, key: str, required: bool) -> Any:
     """A field of `env` that files hold as JSON text or as an object. Raises ValueError naming file, record,
     field."""
     value = record.env.get(key)
-    where = f"{record.source}: record {record.id!r}: {key}"
     if value is None and not required:
         return None
     if value is None:
-        raise ValueError(f"{where}: is missing")
+        near = difflib.get_close_matches(key, [k for k in record.env if k not in KNOWN], 1)
+        bad_field(record, key, "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: is text but not JSON: {error}") from None
+            value = read_json(value)
+        except ValueError as error:
+            bad_field(record, key, f"is text but not JSON: {error}")
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: must be an object, got {type(value).__name__}")
+        bad_field(record, key, f"must be an object, got {type(value).__name__}")
     return value
+
+
+def gold_answers(record: Record, key: str, value: Any) -> list[str]:
+    """Gold answers as texts: a text or a number is one, a list holds several. ValueError for anything else,
+    and for an answer without text, which every output would hold."""
+    answers = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            bad_field(record, key, f"must be text, a number or a list of them, got {item!r:.80}")
+        text = str(item)
+        if not text.replace(",", "").strip():
+            bad_field(record, key, "is empty: every output would hold it")
+        answers.append(text)
+    if not answers:
+        bad_field(record, key, "is an empty list")
+    return answers
+
+
+def answers_of(record: Record) -> list[str]:
+    """The alternatives of the record's gold answer; empty without one."""
+    value = record.env.get("answer")
+    return [] if value is None else gold_answers(record, "answer", value)
+
+
+def check_source(record: Record, name: str, source: Any) -> None:
+    """ValueError unless `source` is Python that binds `name` at its top level."""
+    if not isinstance(source, str):
+        bad_field(record, f"codes.{name}", f"must be Python source, got {type(source).__name__}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        bad_field(record, f"codes.{name}", f"is not Python: {error}")
+    if not any(name in _bound_names(node) for node in ast.walk(tree)):
+        bad_field(record, f"codes.{name}", f"defines no function {name!r}")
+
+
+def _bound_names(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.alias):
+        yield node.asname or node.name
+
+
+def bad_field(record: Record, key: str, problem: str) -> NoReturn:
+    raise ValueError(f"{record.source}: record {record.id!r}: {key}: {problem}")

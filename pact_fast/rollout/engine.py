@@ -39,10 +39,10 @@ class Engine(Protocol):
             max_new_tokens: limit of each row, at least 1.
             temperature: 0 is greedy; log-probs are then those at temperature 1.
             stop_token_ids: any of them ends a row.
-            seed: one a row: with a token's position it decides the draw, whichever rows stand beside it. A
-            single one is spread over the rows by their index (`row_seeds`).
-            sessions: a key a row; a prompt that extends what was seen under its key may reuse cached keys
-            and values.
+            seed: one per row: with a token's position it decides the draw, whichever rows stand beside it. A
+                single one is spread over the rows by their index (`row_seeds`).
+            sessions: a key per row; a prompt that extends what was seen under its key may reuse cached keys
+                and values.
         """
         ...
 

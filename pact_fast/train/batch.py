@@ -1,8 +1,7 @@
-"""From rollouts and traces to loss rows: which sequences a step scores, and the weight of every token in
-them.
+"""From rollouts and traces to loss rows: which sequences a step scores, and each token's weight.
 
 All normalisation is in the weights, from global counts, before anything is packed: the loss does not depend
-on how the samples are cut into packs, micro-batches or ranks (METHOD section 5).
+on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "The loss of a step").
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pact_fast.rollout import Rollout
 from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
-from pact_fast.tree.router import RouterLoad, balance_loss
+from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
 
 
 @dataclass
@@ -213,7 +212,7 @@ def pack_losses(
         ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
         return (pack_tree if tree else pack_linear)(ids)
 
-    whole = _whole_load(policy, plan, lay_out, sharded) if plan and policy.family.router_coef else None
+    balance = _Balance.of(policy, samples, plan, lay_out, sharded) if policy.family.router_coef else None
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
         pack = lay_out(indices)
@@ -221,7 +220,7 @@ def pack_losses(
         outputs: dict[bool, PactLossOutput | None] = {}
         router: list[Tensor] = []
         compute = partial(
-            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, whole, router
+            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, balance, indices, router
         )
         if sharded is None:
             total = compute()
@@ -239,28 +238,48 @@ def pack_losses(
         )
 
 
-@torch.no_grad()
-def _whole_load(
-    policy: Policy,
-    plan: Sequence[Sequence[int]],
-    lay_out: Callable[[Sequence[int]], TreePack],
-    sharded: Sharded | None,
-) -> tuple[Tensor, int]:
-    """Counts [E] and routings of all packs of all ranks: one more forward of each, see tree/router.py."""
-    loads: list[RouterLoad] = []
+@dataclass
+class _Balance:
+    """What the router's auxiliary loss needs of all packs of all ranks, before the first backward."""
 
-    def forward(pack: TreePack) -> Tensor:
-        hidden, load = policy.hidden_and_load(pack)
-        loads.append(load)
-        return hidden
+    new: list[Tensor]  # per sample, bool [L]: tokens that count here and not in another sample
+    counts: Tensor  # [E]
+    routings: int
 
-    for indices in plan:
-        compute = partial(forward, lay_out(indices))
-        _ = compute() if sharded is None else sharded.run(compute)
-    # Not of an empty pack, which only keeps the ranks in step.
-    mine = [(load.counts.cpu(), load.routings) for load, own in zip(loads, plan, strict=True) if own]
-    counts, routings = zip(*(mine if sharded is None else sharded.world.concat(mine)), strict=True)
-    return torch.stack(counts).sum(0).to(policy.device), sum(routings)
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        policy: Policy,
+        samples: Sequence[Sample],
+        plan: Sequence[Sequence[int]],
+        lay_out: Callable[[Sequence[int]], TreePack],
+        sharded: Sharded | None,
+    ) -> _Balance:
+        """Costs one more forward of every pack: see tree/router.py."""
+        out = cls(first_uses([s.ids for s in samples]), torch.zeros(0), 0)
+        loads: list[RouterLoad] = []
+
+        def forward(pack: TreePack, counted: Tensor) -> Tensor:
+            hidden, load = policy.hidden_and_load(pack, counted)
+            loads.append(load)
+            return hidden
+
+        for indices in plan:
+            pack = lay_out(indices)
+            compute = partial(forward, pack, out.counted(pack, indices))
+            _ = compute() if sharded is None else sharded.run(compute)
+        mine = [(load.counts.cpu(), load.routings) for load in loads]
+        counts, routings = zip(*(mine if sharded is None else sharded.world.concat(mine)), strict=True)
+        out.counts, out.routings = torch.stack(counts).sum(0).to(policy.device), sum(routings)
+        return out
+
+    def counted(self, pack: TreePack, indices: Sequence[int]) -> Tensor:
+        """Which tokens of the pack of these samples count, bool [T]; none of an empty one."""
+        mask = torch.zeros(pack.num_tokens, dtype=torch.bool)
+        for i, index in zip(indices, pack.token_index, strict=False):
+            mask[index[self.new[i]]] = True
+        return mask
 
 
 def _pack_loss(
@@ -271,27 +290,27 @@ def _pack_loss(
     temperature: float,
     impl: str,
     outputs: dict[bool, PactLossOutput | None],
-    whole: tuple[Tensor, int] | None,
+    balance: _Balance | None,
+    indices: Sequence[int],
     router: list[Tensor],
 ) -> Tensor:
     """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`, its
-    part of the router's auxiliary loss, where the load of all packs is given, into `router`."""
+    part of the router's auxiliary loss into `router`, where `balance` is given; `indices`: of the samples."""
     # Before the forward: a copy to the device waits for what is queued there.
     rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
-    if whole is None:
+    if balance is None:
         hidden = policy.hidden(pack)
     else:
-        hidden, load = policy.hidden_and_load(pack)
-        if samples:
-            router.append(policy.family.router_coef * balance_loss(load.probs, *whole))
+        hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
+        aux = balance_loss(load.probs, balance.counts, balance.routings)
+        router.append(policy.family.router_coef * aux)
     for kind, terms in rows.items():
         scale = temperature if kind else 1.0
         outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
-    losses = [o.loss for o in outputs.values() if o is not None] + router
-    if losses:
-        return torch.stack(losses).sum()
-    # Ranks must exchange the same gradients: the head's is there too, as zeros.
-    return hidden.sum() * 0.0 + sum(t.sum() * 0.0 for t in policy.head[:2] if t is not None)
+    losses = [o.loss for o in outputs.values() if o is not None]
+    if not losses:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
+        losses = [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
+    return torch.stack(losses + router).sum()
 
 
 def _loss_rows(

@@ -1,4 +1,4 @@
-"""The training loop: sample, score, update, evaluate. One process; every method is a choice of token weights.
+"""The training loop: sample, score, update, evaluate. Every method is a choice of token weights.
 
 Left out on purpose: anything about how a model shards, what a tool does, or how a chat is written.
 """

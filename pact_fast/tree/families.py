@@ -33,7 +33,7 @@ LAYER_KINDS = ("full_attention", "sliding_attention")
 class HeadParams(NamedTuple):
     """The LM head: logits = softcap(scale * (hidden @ weight.T + bias)), softcap(z) = c tanh(z / c).
 
-    At most one of scale and softcap is at work in any family: `family_of` refuses both.
+    At most one of scale and softcap is at work: `Family` refuses both.
     """
 
     weight: Tensor  # [V, H]
@@ -112,6 +112,13 @@ class Family:
     norm_topk: bool = False
     router_coef: float = 0.0
     attention_dropout: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.logits_scale != 1.0 and self.logits_softcap is not None:
+            raise ValueError(
+                f"{self.name}: logits_scale {self.logits_scale} beside logits_softcap {self.logits_softcap}: "
+                "the fused ops take one of them"
+            )
 
     def logits(self, products: Tensor) -> Tensor:
         """Logits [N, V] from what the head module returns, hidden @ weight.T + bias."""
@@ -273,12 +280,7 @@ def family_of(config: Any) -> Family:
             "it in pact_fast/tree/families.py and add a tiny config of it to tests/tree/test_families.py"
         )
     _check_rope(name, config)
-    family = READERS[name](config)
-    if family.logits_scale != 1.0 and family.logits_softcap is not None:
-        raise ValueError(
-            f"{name}: logits_scaling and final_logit_softcapping cannot be combined: set one of them"
-        )
-    return family
+    return READERS[name](config)
 
 
 def check_model(model: Any) -> Family:

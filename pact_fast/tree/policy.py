@@ -168,14 +168,15 @@ class Policy:
         call = _TreeCall(pack.subtree_end, self.attention)
         return self._forward(pack.input_ids, pack.position_ids, call)
 
-    def hidden_and_load(self, pack: TreePack) -> tuple[Tensor, RouterLoad]:
-        """As `hidden`, and where the expert layers sent the pack's tokens, each counted once: what the
-        router's auxiliary loss is made of (`pact_fast.tree.router`). For families with experts."""
+    def hidden_and_load(self, pack: TreePack, counted: Tensor | None = None) -> tuple[Tensor, RouterLoad]:
+        """As `hidden`, and where the expert layers sent the packed tokens `counted` (bool [T], default all):
+        what the router's auxiliary loss is made of (`pact_fast.tree.router`). For families with experts."""
         if not self.family.experts_per_token:
             raise ValueError(f"{self.family.name} has no expert layers: use Policy.hidden")
         with record_router_logits(self._causal, self.family) as logits:
             hidden = self.hidden(pack)
-        return hidden, router_load(logits, self.family.experts_per_token)
+        where = None if counted is None else counted.to(self.device)
+        return hidden, router_load(logits, self.family.experts_per_token, where)
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, call: _TreeCall) -> Tensor:
         config = self._causal.config
@@ -279,12 +280,12 @@ def _tree_attention_on(config) -> Iterator[None]:
 
 
 def _apply_liger(model: Any) -> None:
+    if (kind := model.config.model_type) not in LIGER:
+        raise ValueError(f"liger=True: its kernels for {kind!r} are not tested here, only {', '.join(LIGER)}")
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError as error:
         raise ImportError("liger=True needs the package liger-kernel: pip install liger-kernel") from error
-    if (kind := model.config.model_type) not in LIGER:
-        raise ValueError(f"liger=True: its kernels for {kind!r} are not tested here, only {', '.join(LIGER)}")
     apply = getattr(monkey_patch, f"apply_liger_kernel_to_{kind}")
     # The head and its loss are ours.
     heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}

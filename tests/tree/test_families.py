@@ -1,6 +1,7 @@
 """Every model family: a tree pass equals running its sequences alone, and its description is the model's."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,7 +131,8 @@ def tiny(config):
 
 
 def sequences_of(seed):
-    return [s for s in random_sequences(seed) if len(s) > 1] + pact_sequences(seed)
+    branching = [s for s in random_sequences(seed, count=4, longest=12) if len(s) > 1]
+    return branching + pact_sequences(seed, prompt=14, trace=10, rollout=8, group=2)
 
 
 def test_every_family_has_a_config_here():
@@ -159,7 +161,7 @@ def test_checkpointed_gradients_equal_one_by_one(name):
 @pytest.mark.parametrize("name", WINDOWED)
 def test_windows_count_depth_in_one_pass_and_in_chunks(name):
     model = tiny(name)
-    sequences = pact_sequences(3)
+    sequences = pact_sequences(3, prompt=14, trace=10, rollout=8, group=2)
     policy = Policy(model)
     with torch.no_grad():
         want = one_by_one(model, sequences)
@@ -269,10 +271,12 @@ def test_flops_are_those_that_pytorch_counts(name):
         model(torch.arange(5, 5 + tokens)[None], use_cache=False).logits.sum().backward()
     family = family_of(model.config)
     pairs = len(family.layers) * tokens * tokens  # PyTorch counts masked pairs, too
-    assert model_flops(family, tokens, pairs, tokens) == counter.get_total_flops()
+    # transformers 5.17 makes the angles of RoPE by a matrix product, which counts too.
+    assert model_flops(family, tokens, pairs, tokens) == pytest.approx(counter.get_total_flops(), rel=1e-3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(5, 5 + tokens)[None], use_cache=False)
-    assert model_flops(family, tokens, pairs, tokens, backward=False) == counter.get_total_flops()
+    forward = model_flops(family, tokens, pairs, tokens, backward=False)
+    assert forward == pytest.approx(counter.get_total_flops(), rel=1e-3)
     assert model_flops(family, tokens, 0, 0, frozen=True) == pytest.approx(
         model_flops(family, tokens, 0, 0) * 2 / 3
     )
@@ -334,17 +338,15 @@ def test_what_a_tree_cannot_go_through_is_refused_by_name(config, words):
 MOE = Qwen3MoeConfig(**WIDE, **EXPERTS, output_router_logits=True, router_aux_loss_coef=0.3)
 
 
-def whole_router_loss(model, packs):
-    """transformers' own auxiliary loss over every token of each pack once, from sequences run alone."""
-    picked = [[] for _ in decoder_layers(model)]
-    for sequences in packs:
-        seen = set()
-        for sequence in sequences:
-            logits = model(torch.tensor([sequence]), output_router_logits=True).router_logits
-            fresh = [i for i in range(len(sequence)) if tuple(sequence[: i + 1]) not in seen]
-            seen |= {tuple(sequence[: i + 1]) for i in fresh}
-            for layer, values in zip(picked, logits, strict=True):
-                layer.append(values[fresh])
+def distinct_router_loss(model, sequences):
+    """transformers' own auxiliary loss over every token of the tree once, from sequences run alone."""
+    seen, picked = set(), [[] for _ in decoder_layers(model)]
+    for sequence in sequences:
+        logits = model(torch.tensor([sequence]), output_router_logits=True).router_logits
+        fresh = [i for i in range(len(sequence)) if tuple(sequence[: i + 1]) not in seen]
+        seen |= {tuple(sequence[: i + 1]) for i in fresh}
+        for layer, values in zip(picked, logits, strict=True):
+            layer.append(values[fresh])
     whole = tuple(torch.cat(layer) for layer in picked)
     return load_balancing_loss_func(whole, MOE.num_experts, MOE.num_experts_per_tok)
 
@@ -357,7 +359,7 @@ def test_router_loss_counts_every_token_of_the_tree_once(checkpointing):
     _, load = Policy(model, gradient_checkpointing=checkpointing).hidden_and_load(pack)
     assert load.routings == 2 * pack.num_tokens
     loss = balance_loss(load.probs, load.counts, load.routings)
-    want = whole_router_loss(model, [sequences])
+    want = distinct_router_loss(model, sequences)
     torch.testing.assert_close(loss, want)
     got = torch.autograd.grad(loss, list(model.model.layers.parameters()), allow_unused=True)
     expected = torch.autograd.grad(want, list(model.model.layers.parameters()), allow_unused=True)
@@ -381,8 +383,8 @@ def samples_of(sequences, start):
 
 
 @pytest.mark.parametrize("config", ["granite", "gemma3_text", MOE], ids=["scale", "softcap", "router"])
-@pytest.mark.parametrize("budget", [10_000, 60])
-def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget):
+@pytest.mark.parametrize(("budget", "packing"), [(10_000, "tree"), (60, "tree"), (60, "none")])
+def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget, packing):
     """At ratio 1 the gradient of the policy term is that of -sum weight advantage logprob."""
     model = tiny(config)
     sequences = pact_sequences(6, prompt=12, trace=8, rollout=10, group=2)
@@ -393,18 +395,26 @@ def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget):
         logits = model(sample.ids[None]).logits[0, :-1] / (temperature if sample.is_policy else 1.0)
         logprobs = logits.log_softmax(-1).gather(1, sample.ids[1:, None])[:, 0]
         want = want - ((sample.policy_weight * sample.advantages + sample.sft_weight)[1:] * logprobs).sum()
-    got, router, packed = torch.zeros(()), 0.0, []
-    for pack in pack_losses(
-        Policy(model), samples, ObjectiveConfig(), token_budget=budget, temperature=temperature
-    ):
+    got, router, packs = torch.zeros(()), 0.0, 0
+    how = {"token_budget": budget, "packing": packing, "temperature": temperature}
+    for pack in pack_losses(Policy(model), samples, ObjectiveConfig(), **how):
         got = got + pack.loss
-        router += float(pack.router_loss or 0.0)
-        packed.append([s.ids.tolist() for s in pack.samples])
-    assert (len(packed) > 1) == (budget == 60)
+        router += 0.0 if pack.router_loss is None else float(pack.router_loss.detach())
+        packs += 1
+    assert (packs > 1) == (budget == 60)
     if config is MOE:
-        aux = whole_router_loss(model, packed)
-        assert router == pytest.approx(0.3 * float(aux), rel=1e-4)
+        aux = distinct_router_loss(model, sequences)
+        assert router == pytest.approx(0.3 * float(aux.detach()), rel=1e-4)
         want = want + 0.3 * aux
     else:
         assert router == 0.0
     assert_gradients_equal(model, got, want, FLOOR)
+
+
+def test_what_needs_more_than_the_family_has_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"liger=True: its kernels for 'granite'"):
+        Policy(tiny("granite"), liger=True)
+    with pytest.raises(ValueError, match="olmo2 has no expert layers"):
+        Policy(tiny("olmo2")).hidden_and_load(pack_tree([[1, 2]]))
+    with pytest.raises(ValueError, match=r"granite: logits_scale .* beside logits_softcap"):
+        replace(family_of(CONFIGS["granite"]), logits_softcap=3.0)
