@@ -89,7 +89,10 @@ class Trainer:
         self.splits = {split: load_split(config, self.env, self.builder, split) for split in splits}
         self.records = self.splits["train"]
         self.limits = RolloutLimits(
-            config.rollout.max_turns, config.rollout.max_completion_length, config.rollout.max_turn_length
+            config.rollout.max_turns,
+            config.rollout.max_completion_length,
+            config.rollout.max_turn_length,
+            getattr(self.model.config, "max_position_embeddings", None),
         )
         self.reference = build_reference(self.policy, config)
         self.sharded = self.reference_sharded = build_sharded(self.model, self.world, config.distributed)

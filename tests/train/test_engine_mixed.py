@@ -236,7 +236,7 @@ def test_a_token_that_is_not_finite_far_before_the_end_loses_its_row(paged, monk
         model.get_output_embeddings().weight[60] = 0
     engine = InProcessEngine(model, paged=paged)
     system = [7 + i % 40 for i in range(16)]
-    prompts = [[60] + [9] * 80, [9] * 50 + [60, 9], [9] * 70, system + [60] + [8] * 20, system + [8, 9]]
+    prompts = [[60] + [9] * 80, [9] * 50 + [60, 9], [9] * 70, system + [60] + [8] * 20, [*system, 8, 9]]
     rows = [Request(p, 1, 1.0, i, frozenset()) for i, p in enumerate(prompts)]
     engine.prepare()
     engine.run(rows)
