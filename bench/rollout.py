@@ -48,7 +48,9 @@ Sample = Callable[[int], int]  # new tokens a row -> tokens sampled in all
 
 def main(argv: Sequence[str]) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("pact-fast bench rollout", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        "pact-fast bench rollout", description=__doc__, formatter_class=formatter
+    )
     parser.add_argument("--model", help=f"a folder, toolbox-base, or {', '.join(SHAPES)} with random weights")
     parser.add_argument("--rows", default="8,64,256", help="rows in flight (default 8,64,256)")
     parser.add_argument("--prompt", type=int, default=0, help="tokens of a prompt; 0: the toolbox's own")
@@ -99,7 +101,9 @@ def prompts_of(model: Any, rows: int, length: int, group: int) -> list[list[int]
     return [distinct[i // group % len(distinct)] for i in range(rows)]
 
 
-def providers(engine: InProcessEngine, model: Any, prompts: list[list[int]], server: str | None) -> dict[str, Sample]:
+def providers(
+    engine: InProcessEngine, model: Any, prompts: list[list[int]], server: str | None
+) -> dict[str, Sample]:
     rows = len(prompts)
 
     def ours(new: int) -> int:
@@ -141,7 +145,9 @@ def http(server: str, prompts: list[list[int]]) -> Sample:
 
     def post(path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(server.rstrip("/") + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            server.rstrip("/") + path, data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
@@ -181,7 +187,9 @@ def measure(
             continue
         out.add("rollout", name, "sample", shape, dtype, "tokens", "1/s", wall[name])
         if out.where["gpu"] == "cpu":
-            out.add("rollout", name, "sample", shape, dtype, "tokens by processor time", "1/s", processor[name])
+            out.add(
+                "rollout", name, "sample", shape, dtype, "tokens by processor time", "1/s", processor[name]
+            )
 
 
 def more(
@@ -196,21 +204,51 @@ def more(
         engine.prepare()
         engine.scheduler.forget()
         begin = time.perf_counter()
-        engine.generate(prompts, max_new_tokens=[1] * rows, temperature=1.0, stop_token_ids=(), seed=range(rows))
+        engine.generate(
+            prompts, max_new_tokens=[1] * rows, temperature=1.0, stop_token_ids=(), seed=range(rows)
+        )
         first.append(time.perf_counter() - begin)
     out.add("rollout", name, "prefill", shape, dtype, "time to first token", "ms", [1e3 * t for t in first])
-    out.add("rollout", name, "prefill", shape, dtype, "prompt tokens", "1/s", [sum(map(len, distinct)) / t for t in first])
+    out.add(
+        "rollout",
+        name,
+        "prefill",
+        shape,
+        dtype,
+        "prompt tokens",
+        "1/s",
+        [sum(map(len, distinct)) / t for t in first],
+    )
     bandwidth = next((b for card, b in BANDWIDTH.items() if card in out.where["gpu"]), None)
     if bandwidth is None:
         return
     floor = floor_seconds(engine, [len(p) for p in distinct], rows, new, bandwidth)
-    speed = statistics.median([float(r["p50"]) for r in out.rows if r["shape"] == shape and r["metric"] == "tokens" and r["impl"] == "in_process"])
-    out.add("rollout", name, "sample", shape, dtype, "share of the memory floor", "", [floor * speed / (rows * new)])
+    speed = statistics.median(
+        [
+            float(r["p50"])
+            for r in out.rows
+            if r["shape"] == shape and r["metric"] == "tokens" and r["impl"] == "in_process"
+        ]
+    )
+    out.add(
+        "rollout",
+        name,
+        "sample",
+        shape,
+        dtype,
+        "share of the memory floor",
+        "",
+        [floor * speed / (rows * new)],
+    )
 
 
-def floor_seconds(engine: InProcessEngine, prompts: Sequence[int], rows: int, new: int, bandwidth: float) -> float:
+def floor_seconds(
+    engine: InProcessEngine, prompts: Sequence[int], rows: int, new: int, bandwidth: float
+) -> float:
     """Seconds of reading for `new` tokens of every row; prompts: lengths of the distinct ones."""
     family, weights = engine.weights.family, engine.weights
-    token = 2 * len(family.layers) * family.kv_heads * family.head_dim * weights.dtype.itemsize  # keys and values
+    token = (
+        2 * len(family.layers) * family.kv_heads * family.head_dim * weights.dtype.itemsize
+    )  # keys and values
     keys = new * sum(prompts) + rows * new * (new - 1) / 2
     return (new * weights.bytes + token * keys) / bandwidth

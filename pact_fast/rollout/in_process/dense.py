@@ -1,9 +1,9 @@
-"""Decoding on a CPU: the keys of the rows in flight, gathered once into dense tensors.
+"""On a CPU: keys gathered into dense tensors, for decoding once a batch, for prefill once a pass.
 
-What `kernels.decode` does by task lists on a GPU, here are two matrix products a layer: rows that share full
-pages are a group, whose queries meet the shared keys as one matrix; each row meets its own keys alone. One
-softmax over both parts, so there is nothing to merge. Own keys end at the same column in every row, so the
-next token of all rows is one slice.
+What `kernels.decode` does by task lists on a GPU, in decoding here are two matrix products a layer: rows that
+share full pages are a group, whose queries meet the shared keys as one matrix; each row meets its own keys
+alone. One softmax over both parts, so there is nothing to merge. Own keys end at the same column in every
+row, so the next token of all rows is one slice.
 
     shared  [Hkv, groups, P, D]  gathered once a batch      own  [Hkv, B, columns, D]  |older|  older|  new ->
 
@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pact_fast.rollout.in_process.cache import PAGE, PagedTokens
-from pact_fast.rollout.in_process.runner import Runner, slots_of
+from pact_fast.rollout.in_process.runner import Chunk, Runner, slots_of
 from pact_fast.rollout.in_process.weights import LayerWeights
+from pact_fast.tree.families import Family
 
 BLOCK = 8  # columns that attention widens by
+Angles = dict[str | None, tuple[Tensor, Tensor]]
 WASTE = 1.25  # padded rows over rows, above which groups are cut
 
 
@@ -78,8 +81,8 @@ class DenseDecode:
         repeated = hidden.repeat(f.kv_heads, 1)[:, None]  # [Hkv B, 1, keys]
         self.prefix_mask, self.own_mask = repeated[..., : max(shared)], repeated[..., max(shared) :]
         self.windows = {spec.window for spec in self.family.layers if spec.window is not None}
-        self.rope = {key: table for key, table in runner.weights.rope.items() if key is not None}
-        self._angles: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rope = runner.weights.rope
+        self._angles: Angles = {}
         self._ready, self._zero = -1, data.new_zeros(1, 1, 1)
         self._window_masks: dict[int | None, Tensor] = {}
         self._new = [(kv[0], kv[1]) for kv in self.own]  # per layer [Hkv, B, columns, D] of keys and values
@@ -93,10 +96,7 @@ class DenseDecode:
     def begin(self, positions: Tensor) -> None:
         """Before each forward: angles, the columns that attention reads, and masks of sliding windows."""
         self.column += 1
-        for key, (cos, sin) in self.rope.items():
-            sines = sin.index_select(0, positions)[:, None]
-            sines[..., : sines.shape[-1] // 2].neg_()  # the rotation's signs
-            self._angles[key] = (cos.index_select(0, positions)[:, None], sines)
+        self._angles = _angles(self.rope, positions)
         end = -(-self.column // BLOCK) * BLOCK
         if end != self._ready:  # once a block of columns
             self._ready = end
@@ -114,7 +114,7 @@ class DenseDecode:
     def attend(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
         f, (kv_heads, _, width, repeat) = self.family, self.shape
         batch, dim, at, spec = len(qkv), f.head_dim, self.column - 1, layer.spec
-        q, k, v = self._rotated(layer, qkv)
+        q, k, v = _rotated(f, layer, qkv, self._angles)
         keys, values = self._new[spec.index]
         keys.select(2, at).copy_(k.transpose(0, 1))
         values.select(2, at).copy_(v.transpose(0, 1))
@@ -142,28 +142,6 @@ class DenseDecode:
             out = torch.bmm(p, own_v)
         return out.view(kv_heads, batch, -1).transpose(0, 1).reshape(batch, -1)
 
-    def _rotated(self, layer: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as `qk_norm_rope_write` makes them, in fewer calls."""
-        f, eps = self.family, self.family.norm_eps
-        both, rotary = f.heads + f.kv_heads, f.rotary_dim
-        if f.qk_norm == "all":
-            q, k, v = qkv.split((f.heads * f.head_dim, *[f.kv_heads * f.head_dim] * 2), dim=1)
-            q, k = (
-                F.rms_norm(q, q.shape[1:], layer.q_norm, eps),
-                F.rms_norm(k, k.shape[1:], layer.k_norm, eps),
-            )
-            qkv = torch.cat((q, k, v), dim=1)
-        heads = qkv.view(len(qkv), both + f.kv_heads, f.head_dim)
-        qk = heads[:, :both]
-        if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (f.head_dim,), None, eps) * layer.qk_norm
-        if layer.spec.rope is not None:
-            cos, sin = self._angles[layer.spec.rope]
-            turned = qk[..., :rotary]
-            turned = torch.addcmul(turned * cos, turned.roll(rotary // 2, -1), sin)
-            qk = turned if rotary == f.head_dim else torch.cat((turned, qk[..., rotary:]), dim=-1)
-        return qk[:, : f.heads], qk[:, f.heads :], heads[:, both:]
-
     def store(self, places: Sequence[int]) -> None:
         """Copies the keys and values of these places' new tokens to their pages, which must cover them."""
         at: list[int] = []
@@ -181,6 +159,113 @@ class DenseDecode:
         if at:
             found = self.own[:, :, :, at, columns]  # [L, 2, Hkv, N, D]
             self.pool.data[:, :, torch.cat(slots).to(found.device)] = found.transpose(2, 3)
+
+
+class DensePrefill:
+    """Attention of chunks against their pages and themselves, chunks of about a size padded to one call. See
+    `runner.Attention`."""
+
+    def __init__(self, runner: Runner, chunks: Sequence[Chunk]) -> None:
+        self.pool, self.family = runner.pool.data, runner.family
+        first, slots, positions = 0, [], []
+        sized: dict[tuple[int, int], list[tuple[int, Chunk]]] = {}
+        for chunk in chunks:
+            end = chunk.start + len(chunk.ids)
+            slots.append(slots_of(chunk.pages, chunk.start, end))
+            positions.append(torch.arange(chunk.start, end))
+            size = (len(chunk.ids).bit_length(), end.bit_length())
+            sized.setdefault(size, []).append((first, chunk))
+            first += len(chunk.ids)
+        self.slots = torch.cat(slots)
+        self.angles = _angles(runner.weights.rope, torch.cat(positions))
+        self.groups = [_padded(members) for members in sized.values()]
+        self._masks: dict[int | None, list[Tensor]] = {}
+
+    def attend(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
+        f, pool, spec = self.family, self.pool[layer.spec.index], layer.spec
+        # In a product even what is masked counts where it is NaN: no row may lose another.
+        q, k, v = _rotated(f, layer, qkv.nan_to_num_(), self.angles)
+        pool[0].index_copy_(0, self.slots, k)
+        pool[1].index_copy_(0, self.slots, v)
+        out = q.new_empty(len(q), f.heads * f.head_dim)
+        repeat = f.heads // f.kv_heads
+        for group, mask in zip(self.groups, self._mask(spec.window), strict=True):
+            n, wide = group.position.shape
+            # [n, Hkv, repeat W, D]: the query heads of a key head are more queries.
+            qs = q.index_select(0, group.tokens).view(n, wide, f.kv_heads, repeat, f.head_dim)
+            qs = qs.permute(0, 2, 3, 1, 4).reshape(n, f.kv_heads, repeat * wide, f.head_dim)
+            kv = pool.index_select(1, group.places).view(2, n, -1, f.kv_heads, f.head_dim).transpose(2, 3)
+            y = F.scaled_dot_product_attention(qs, kv[0], kv[1], attn_mask=mask, scale=f.attention_scale)
+            y = y.view(n, f.kv_heads, repeat, wide, f.head_dim).permute(0, 3, 1, 2, 4)
+            out[group.targets] = y.reshape(n * wide, -1).index_select(0, group.real)
+        return out
+
+    def _mask(self, window: int | None) -> list[Tensor]:
+        if window not in self._masks:
+            self._masks[window] = []
+            for group in self.groups:
+                key = torch.arange(len(group.places) // len(group.position))
+                seen = key <= group.position[..., None]
+                if window is not None:
+                    seen &= key > group.position[..., None] - window
+                repeat = self.family.heads // self.family.kv_heads
+                self._masks[window].append(seen[:, None].repeat(1, 1, repeat, 1))
+        return self._masks[window]
+
+
+class _Padded(NamedTuple):
+    """Chunks of about the same size: n sequences, W queries, S keys."""
+
+    tokens: Tensor  # [n W] token of the pass behind each query; padding: the chunk's first
+    real: Tensor  # the queries that are no padding
+    targets: Tensor  # their tokens
+    places: Tensor  # [n S] slots of the keys, padding: 0
+    position: Tensor  # [n, W]
+
+
+def _padded(members: list[tuple[int, Chunk]]) -> _Padded:
+    lengths, starts, firsts = (
+        torch.tensor(x) for x in zip(*((len(c.ids), c.start, first) for first, c in members), strict=True)
+    )
+    steps = torch.arange(int(lengths.max()))
+    real = steps < lengths[:, None]
+    tokens = firsts[:, None] + steps.where(real, 0)
+    places = torch.zeros(len(members), int((starts + lengths).max()), dtype=torch.int64)
+    for row, (_, chunk) in enumerate(members):
+        end = chunk.start + len(chunk.ids)
+        places[row, :end] = slots_of(chunk.pages, 0, end)
+    position = starts[:, None] + steps.where(real, 0)
+    return _Padded(tokens.flatten(), real.flatten().nonzero()[:, 0], tokens[real], places.flatten(), position)
+
+
+def _angles(rope: dict[str | None, tuple[Tensor, Tensor]], positions: Tensor) -> Angles:
+    """cos and sin [T, 1, rotary_dim] of positions by layer kind, the rotation's signs in sin."""
+    angles = {}
+    for key, (cos, sin) in rope.items():
+        sines = sin.index_select(0, positions)[:, None]
+        sines[..., : sines.shape[-1] // 2].neg_()
+        angles[key] = (cos.index_select(0, positions)[:, None], sines)
+    return angles
+
+
+def _rotated(f: Family, layer: LayerWeights, qkv: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as `qk_norm_rope_write` makes them, in fewer calls."""
+    both, rotary, eps = f.heads + f.kv_heads, f.rotary_dim, f.norm_eps
+    if f.qk_norm == "all":
+        q, k, v = qkv.split((f.heads * f.head_dim, *[f.kv_heads * f.head_dim] * 2), dim=1)
+        q = F.rms_norm(q, q.shape[1:], layer.q_norm, eps)
+        k = F.rms_norm(k, k.shape[1:], layer.k_norm, eps)
+        qkv = torch.cat((q, k, v), dim=1)
+    heads = qkv.view(len(qkv), both + f.kv_heads, f.head_dim)
+    qk = heads[:, :both]
+    if layer.qk_norm is not None:
+        qk = F.rms_norm(qk, (f.head_dim,), None, eps) * layer.qk_norm
+    if layer.spec.rope is not None:
+        cos, sin = angles[layer.spec.rope]
+        turned = qk[..., :rotary]
+        turned = torch.addcmul(turned * cos, turned.roll(rotary // 2, -1), sin)
+        qk = turned if rotary == f.head_dim else torch.cat((turned, qk[..., rotary:]), dim=-1)
+    return qk[:, : f.heads], qk[:, f.heads :], heads[:, both:]
 
 
 def _groups(pages: Sequence[Sequence[int]]) -> tuple[list[tuple[int, list[int]]], int]:

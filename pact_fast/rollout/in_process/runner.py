@@ -9,7 +9,7 @@ Legend: T tokens, H hidden, D head_dim, Hq query heads, Hkv key heads, B rows, L
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,6 +70,7 @@ class Runner:
         f = self.family
         self._scratch: Tensor | None = None
         # On a CPU, where calls cost more than sums: fewer of them, same numbers but for rounding.
+        self.prefill_attention: Callable[[Runner, Sequence[Chunk]], Attention] = PagedPrefill
         self.lean = weights.exact and weights.device.type == "cpu"
         self.simple = f.residual_scale == 1.0 and f.post_norms is None
         self.embedding_scale = f.embedding_scale
@@ -179,7 +180,7 @@ class Runner:
         device = self.weights.device
         ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=device)
         last = torch.tensor([len(chunk.ids) for chunk in chunks]).cumsum(0) - 1
-        attention = PagedPrefill(self, chunks)
+        attention = self.prefill_attention(self, chunks)
         x = self._layers(ids, attention)
         finite = x.isfinite().all(-1).cpu()
         parts = enumerate(finite.split([len(chunk.ids) for chunk in chunks]))

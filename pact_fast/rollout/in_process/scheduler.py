@@ -21,6 +21,7 @@ from torch import Tensor
 from pact_fast.kernels.decode.ops import sample
 from pact_fast.rollout.in_process.batch import STEPS, DenseBatch
 from pact_fast.rollout.in_process.cache import PAGE, PagedTokens, PageTable
+from pact_fast.rollout.in_process.dense import DensePrefill
 from pact_fast.rollout.in_process.paged import PagedBatch, Slates
 from pact_fast.rollout.in_process.runner import Chunk, KVPool, Runner
 from pact_fast.rollout.in_process.weights import EngineWeights
@@ -100,6 +101,8 @@ class Scheduler:
         self.runner = Runner(weights, self.pool)
         paged = not self.runner.lean if paged is None else paged
         self.slates = Slates(self.runner, graphs=cuda_graphs) if paged else None
+        if not paged:
+            self.runner.prefill_attention = DensePrefill
         self.version = "default"
         self.waiting: deque[Request] = deque()
         self.joining: list[Request] = []  # prefilled, not yet in the batch
