@@ -1,11 +1,14 @@
 """Decoding against pages, the GPU's form: on a CPU the same steps run through the kernels' references."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_engine import SHAPE, generate, logprobs_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
@@ -18,6 +21,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.kernels.decode import ops
 from pact_fast.rollout import InProcessEngine, RolloutError
 from pact_fast.rollout.in_process.paged import bucket_of, segments_of
@@ -188,3 +192,32 @@ def test_a_family_that_is_not_known_is_refused_by_name_with_what_to_do():
 
     with pytest.raises(ValueError, match=r"'gpt2'.*families.py.*rollout.engine=http"):
         InProcessEngine(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=61)))
+
+
+QWEN3_TOKENIZER = Path(__file__).parent.parent.parent / ".cache" / "tokenizer-qwen3"
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
+@pytest.mark.parametrize("tokenizer", ["qwen3", "toolbox-base"])
+def test_greedy_is_generates_own_on_real_tokenizers(tokenizer, paged):
+    if tokenizer == "qwen3":
+        if not QWEN3_TOKENIZER.is_dir():
+            pytest.skip("the Qwen3 tokenizer is not in .cache (scripts/qwen3_tokenizer.py)")
+        words = AutoTokenizer.from_pretrained(QWEN3_TOKENIZER)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            Qwen3Config(**WIDE | {"vocab_size": len(words), "tie_word_embeddings": True}), dtype=torch.float32
+        ).eval()
+    else:
+        words = AutoTokenizer.from_pretrained(base_model_path())
+        model = AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32).eval()
+    talks = [[{"role": "user", "content": f"What is the area code of town {i}?"}] for i in range(3)]
+    prompts = [words.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] for talk in talks]
+    prompts = [list(prompt) for prompt in prompts for _ in range(2)]
+    stop = words.eos_token_id
+    out = generate(InProcessEngine(model, paged=paged), prompts, [24] * 6, temperature=0.0, stops=(stop,))
+    for prompt, row in zip(prompts, out, strict=True):
+        want = model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=stop, pad_token_id=0
+        )
+        assert row.token_ids == want[0, len(prompt) :].tolist()
