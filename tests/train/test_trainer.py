@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainer_steps import gradients, step_samples
 
 from pact_fast.config import PRESETS
 from pact_fast.data.chat import Component
 from pact_fast.train.rollouts import batch_records
 from pact_fast.train.trainer import TrainingStopped
 from pact_fast.tree.scoring import sequence_logprobs
+from tests.helpers.trainer_steps import gradients, step_samples
 
 
 def assert_same(a, b):
