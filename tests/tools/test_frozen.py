@@ -10,6 +10,7 @@ import re
 import tomllib
 from pathlib import Path
 
+from bench import main as bench
 from pact_fast import cli
 from pact_fast.config import Config
 from pact_fast.metrics import METRICS, PREFIXES
@@ -19,10 +20,10 @@ ROOT = Path(__file__).parent.parent.parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
-def help_of(command):
+def help_of(command, *words):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        cli.command_main(command)(["--help"])
+        cli.command_main(command)([*words, "--help"])
     return out.getvalue()
 
 
@@ -38,8 +39,9 @@ def listing():
         if command == "train":
             lines.append("command train --resume and every config key")
             continue
-        options = sorted(set(OPTION.findall(help_of(command))) - {"--help"})
-        lines.append(f"command {command} {' '.join(options)}".rstrip())
+        for words in [(sub,) for sub in bench.COMMANDS] if command == "bench" else [()]:
+            options = sorted(set(OPTION.findall(help_of(command, *words))) - {"--help"})
+            lines.append(" ".join(["command", command, *words, *options]))
     lines += [f"metric {name} [{metric.unit}]" for name, metric in METRICS.items()]
     lines += [f"metric {prefix}* [{metric.unit}]" for prefix, metric in PREFIXES.items()]
     return lines
