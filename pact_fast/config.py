@@ -129,13 +129,15 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints (0: only at SIGTERM). keep_last: how many of the newest
-    stay; the one with the best validation score stays besides. resume: go on from the newest, if any."""
+    """every: steps between checkpoints (0: only at the end and at a stop). keep_last: how many of the newest
+    stay; the one with the best validation score stays besides. resume: go on from the newest, if any.
+    overwrite: delete another run that is in the run folder; without, it is moved aside."""
 
     every: int = 50
     keep_last: int = 2
     asynchronous: bool = True
     resume: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`pact-fast train CONFIG [--resume] [--section.field value ...]`: one training run."""
+"""`pact-fast train CONFIG [--resume | --overwrite] [--section.field value ...]`: one training run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ if TYPE_CHECKING:
     from pact_fast.train.trainer import Trainer
 
 
+SHORT = {"--resume": "--checkpoint.resume=true", "--overwrite": "--checkpoint.overwrite=true"}
+
+
 def main(argv: Sequence[str]) -> int:
-    """pact-fast train CONFIG [--resume] [--section.field value ...]"""
     words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         config_parser().print_help()
         return 0
-    words = ["--checkpoint.resume=true" if word == "--resume" else word for word in words]
+    words = [SHORT.get(word, word) for word in words]
     path = None if words[0].startswith("--") else words[0]
     config = load_config(path, words if path is None else words[1:])
     from pact_fast.evaluation.report import final_table, write_report
     from pact_fast.train.preemption import StopSignal
 
-    with StopSignal() as stop:  # from here on a SIGTERM ends the run in order
+    with StopSignal() as stop:  # from here on SIGTERM and Ctrl-C end the run in order
         trainer, summary, status = _run(config, stop)
     if summary is None:
         return status
@@ -55,10 +57,11 @@ def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | No
     trainer = Trainer(config, stop)
     try:
         return trainer, trainer.train(), 0
-    except Preempted:
+    except Preempted as stopped:
         if trainer.world.main:
-            print(f"stopped by SIGTERM and saved in {trainer.run_dir / 'checkpoints'}; go on with --resume")
-        return trainer, None, 0
+            folder = trainer.run_dir / "checkpoints"
+            print(f"stopped by {stopped} and saved in {folder}; go on with --resume")
+        return trainer, None, 130 if stop.by == "Ctrl-C" else 0
     except (TrainingStopped, RankLost, CheckpointError) as error:
         print(f"stopped: {error}", file=sys.stderr)
     except RolloutError as error:
