@@ -376,7 +376,13 @@ def _check_values(config: Config, source: str) -> None:
         (config.lora.rank >= 0, "lora.rank", config.lora.rank, "a rank, or 0 for full training"),
         (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", config.checkpoint.keep_last, "at least 1"),
         (r.max_turns >= 1, "rollout.max_turns", r.max_turns, "at least 1"),
-        (r.engine != "http" or r.servers != [], "rollout.servers", r.servers, "[http://HOST:PORT, ...]"),
+        (
+            (r.engine != "http" or r.servers != [])
+            and all(s.startswith(("http://", "https://")) for s in r.servers),
+            "rollout.servers",
+            r.servers,
+            "[http://HOST:PORT, ...]",
+        ),
         (r.max_in_flight >= 1, "rollout.max_in_flight", r.max_in_flight, "at least 1"),
     ]
     for good, key, value, want in checks:

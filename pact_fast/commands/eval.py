@@ -23,6 +23,7 @@ from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
 from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.train.build import device_of, load_pretrained
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
 # environment's answers are short; models of the real benchmarks think before they call.

@@ -59,8 +59,8 @@ def load_pretrained(name: str, dtype: str) -> tuple[Any, Any]:
     if beyond:
         token = min(beyond, key=lambda t: beyond[t])
         raise ValueError(
-            f"model {name!r}: its tokenizer has the token {token!r} ({beyond[token]}), its embedding {rows} rows: "
-            "call model.resize_token_embeddings(len(tokenizer)) and save the model again"
+            f"model {name!r}: its tokenizer has the token {token!r} ({beyond[token]}), its embedding "
+            f"{rows} rows: call model.resize_token_embeddings(len(tokenizer)) and save the model again"
         )
     return model, tokenizer
 
