@@ -17,6 +17,7 @@ from pact_fast import (
     pack_tree,
 )
 from pact_fast.train.build import keep_freed_memory
+from pact_fast.tree.families import attention_pairs, model_flops
 
 H100_BF16_FLOPS = 989e12  # dense, from the data sheet
 
@@ -145,13 +146,10 @@ def check_equal(runs) -> None:
                 raise RuntimeError(f"{name}: {key} differs from {names[-1]} by {error:.1e}")
 
 
-def model_flops(model, pack: TreePack, rows: int, passes: int) -> float:
-    """Useful operations of a pack: matrix weights, visible pairs, the head's rows; a backward counts 2."""
-    c = model.config
-    weights = sum(p.numel() for n, p in model.model.named_parameters() if p.dim() == 2 and "embed" not in n)
-    pairs = int((pack.position_ids + 1).sum())
-    attention = 4 * pairs * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    return passes * (2 * weights * pack.num_tokens + attention + 2 * rows * c.hidden_size * c.vocab_size)
+def tree_flops(policy: Policy, pack: TreePack, rows: int, *, backward: bool) -> float:
+    """Useful operations of a pack, whichever way it is computed."""
+    pairs = attention_pairs(policy.family, pack.position_ids)
+    return model_flops(policy.family, pack.num_tokens, pairs, rows, backward=backward)
 
 
 def bench_model(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
@@ -166,14 +164,14 @@ def bench_model(seconds: float, least: int = 5) -> Iterator[list[dict[str, objec
             sequences, starts = geometry.sequences(contexts, vocab)
             runs, tree, packed_tokens = train_steps(policy, sequences, starts)
             shape = f"{geometry} {contexts} tree={tree.num_tokens} packed={packed_tokens}"
-            flops = model_flops(model, tree, rows_of(tree, starts).numel(), 3)
+            flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=True)
             measure_model(rows, "train_step", shape, runs, seconds, flops, least)
             yield rows.take()
             free()
         runs = scoring_passes(policy, geometry, vocab)
         sequences, starts = geometry.sequences("score", vocab)
         tree = pack_tree(sequences).to(DEVICE)
-        flops = model_flops(model, tree, rows_of(tree, starts).numel(), 1)
+        flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=False)
         shape = f"{geometry} tree={tree.num_tokens}"
         measure_model(rows, "score_both_contexts", shape, runs, seconds, flops, least)
         yield rows.take()

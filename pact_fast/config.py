@@ -1,8 +1,9 @@
 """Configuration: frozen dataclasses, one YAML file, `--section.field value` overrides. Names follow TRL
 where it has one.
 
-A preset (METHOD section 8) is a set of values for the `objective` section; what the file or the command line
-says wins. A `--preset` other than the file's own keeps the values that define it, whatever the file says.
+A preset (docs/method.md, "Presets") is a set of values for the `objective` section; what the file or the
+command line says wins. A `--preset` other than the file's own keeps the values that define it, whatever the
+file says.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class RolloutConfig:
     trainer and server right after new weights; None: 1e-3, in half precision 0.5. mix_weights: a rollout
     under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
     with weights one step old, which objective.importance_ratio_cap corrects; the step after an evaluation or
-    a checkpoint is sampled with the present ones.
+    a checkpoint is sampled with the current ones.
     """
 
     num_generations: int = 8

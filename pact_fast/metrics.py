@@ -36,9 +36,12 @@ class Metric:
 
 # Names follow TRL's where TRL has one; what only PACT has stands under pact/.
 METRICS: dict[str, Metric] = {
-    "loss": Metric("total loss: policy_loss + alpha * sft_loss"),
+    "loss": Metric("total loss: policy_loss + alpha * sft_loss (+ router_loss)"),
     "policy_loss": Metric("clipped surrogate of the rollouts (with KL and entropy terms where on)"),
     "sft_loss": Metric("component-weighted cross-entropy of the expert trace"),
+    "router_loss": Metric(
+        "auxiliary loss of expert routers, with its coefficient, where the model asks for it"
+    ),
     "kl": Metric("KL to the reference policy, k3 estimator (0 where beta is 0)", "nats"),
     "grad_norm": Metric("norm of the whole gradient before clipping"),
     "learning_rate": Metric("learning rate of the step"),

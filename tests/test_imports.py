@@ -29,7 +29,7 @@ ALLOWED = {
         *("evaluation", "rollout", "envs", "objective", "data", "tree", "ops"),
         *("distributed", "metrics", "config"),
     },
-    "serve": {"rollout", "data", "config"},
+    "serve": {"rollout", "data", "config", "tree"},
     "cli": {"config", "version"},
     "commands": {
         *("train", "serve", "evaluation", "rollout", "envs", "objective", "data", "tree", "ops", "cli"),

@@ -32,9 +32,9 @@ NATIVE = Path(__file__).parent.parent / "_native"
 # (distribution, what its absence costs); install with the extra or by name.
 OPTIONAL = (
     ("triton", "Triton kernels: on CUDA the ops need impl='torch', several times slower and more memory"),
-    ("liger-kernel", "only a peer in `pact-fast bench`"),
+    ("liger-kernel", "a peer in `pact-fast bench`, and `Policy(liger=True)`"),
     ("peft", "LoRA training"),
-    ("flash-attn", "only a peer in `pact-fast bench`; tree attention does not use it"),
+    ("flash-attn", "a peer in `pact-fast bench`, and tree attention with impl='flash'"),
     ("torchao", "8-bit AdamW"),
     ("bfcl-eval", "the `bfcl` environment"),
     ("wandb", "logging to Weights & Biases"),

@@ -31,7 +31,7 @@ _MARK = "@@pact_fast:privileged@@"  # where privileged text goes in a rendered p
 
 
 class Component(IntEnum):
-    """What a token is; METHOD terms. Only assistant turns hold REASONING, STRUCTURE, TOOL_CALL and ANSWER."""
+    """What a token is. Only assistant turns hold REASONING, STRUCTURE, TOOL_CALL and ANSWER."""
 
     CONTEXT = 0  # system and user text, role headers, everything that the template adds
     REASONING = 1
@@ -143,7 +143,7 @@ class ChatFormat:
         ChatML tokenizers and "llama" for Llama 3 ones. "hermes" | "llama" take the model's own template
         where it writes calls that way, else the bundled one. "compact" is hermes with a short tool list
         (bundled).
-        segments: reasoning segments a turn (METHOD K). privileged_template: text with {trace} in it.
+        segments: K, reasoning segments per turn. privileged_template: text with {trace} in it.
         Raises ValueError for an unknown name, a slow tokenizer, or role markers that no format knows.
         """
         if name not in FORMAT_NAMES:

@@ -55,9 +55,8 @@ class FtrlEnv(PythonToolsEnv):
 
     `solved`: every answer of the unsolved set was given by a call. The episode's reward is the mean of its
     turn rewards, or Solve-F1 with reward="solve_f1". A turn without a readable call gets, by the first rule
-    that fits: -0.5 empty,
-    -0.3 stray or unreadable tool tags, 1/(1 + answers left) if it holds the final answer, 0.5 if all are
-    solved, else 0.
+    that fits: -0.5 empty, -0.3 stray or unreadable tool tags, 1/(1 + answers left) if it holds the final
+    answer, 0.5 if all are solved, else 0.
     """
 
     name = "ftrl"

@@ -1,4 +1,4 @@
-"""The table, CSV and plot of a comparison, from its runs' summary.json files (fields: compare.py)."""
+"""The table, CSV and plot of a comparison, from its runs' summary.json files (fields: sweep.py)."""
 
 from __future__ import annotations
 

@@ -59,11 +59,11 @@ def sft_strength(
     end: float = 0.2,
     answer: float = 0.0,
 ) -> SFTStrength | None:
-    """The component strengths of METHOD section 4 at `progress`.
+    """The component strengths of docs/method.md, "The SFT term", at `progress`.
 
     Args:
         targets: "components" (annealed PACT supervision), "all" (every assistant token with strength 1),
-        "none".
+            "none".
         segments, start, end: see `reasoning_level` and `tool_call_scale`; used by "components" alone.
         answer: strength of final-answer text under "components".
     """

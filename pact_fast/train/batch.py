@@ -1,13 +1,12 @@
-"""From rollouts and traces to loss rows: which sequences a step scores, and the weight of every token in
-them.
+"""From rollouts and traces to loss rows: which sequences a step scores, and each token's weight.
 
 All normalisation is in the weights, from global counts, before anything is packed: the loss does not depend
-on how the samples are cut into packs, micro-batches or ranks (METHOD section 5).
+on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "The loss of a step").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,8 +21,10 @@ from pact_fast.distributed import Sharded
 from pact_fast.objective import SFTStrength, policy_token_weight, sft_token_strengths
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.rollout import Rollout
+from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
+from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
 
 
 @dataclass
@@ -174,7 +175,8 @@ class PackLoss:
     policy: PactLossOutput | None
     sft: PactLossOutput | None
     num_tokens: int
-    num_pairs: int  # of a token and one it attends to
+    num_pairs: int  # of a token and one it attends to, over all layers
+    router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
 
 
 def pack_losses(
@@ -205,19 +207,79 @@ def pack_losses(
     )
     if sharded is not None:
         plan = sharded.world.pad_shard(plan, [])
+
+    def lay_out(indices: Sequence[int]) -> TreePack:
+        ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
+        return (pack_tree if tree else pack_linear)(ids)
+
+    balance = _Balance.of(policy, samples, plan, lay_out, sharded) if policy.family.router_coef else None
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
-        ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
-        pack = (pack_tree if tree else pack_linear)(ids)
-        pairs = int(pack.position_ids.sum()) + pack.num_tokens
+        pack = lay_out(indices)
+        pairs = attention_pairs(policy.family, pack.position_ids)
         outputs: dict[bool, PactLossOutput | None] = {}
-        compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
+        router: list[Tensor] = []
+        compute = partial(
+            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, balance, indices, router
+        )
         if sharded is None:
             total = compute()
         else:
             sharded.sync_gradients(number == len(plan) - 1)
             total = sharded.run(compute)
-        yield PackLoss(total, chosen, outputs[True], outputs[False], pack.num_tokens, pairs)
+        yield PackLoss(
+            total,
+            chosen,
+            outputs[True],
+            outputs[False],
+            pack.num_tokens,
+            pairs,
+            router[0] if router else None,
+        )
+
+
+@dataclass
+class _Balance:
+    """What the router's auxiliary loss needs of all packs of all ranks, before the first backward."""
+
+    new: list[Tensor]  # per sample, bool [L]: tokens that count here and not in another sample
+    counts: Tensor  # [E]
+    routings: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        policy: Policy,
+        samples: Sequence[Sample],
+        plan: Sequence[Sequence[int]],
+        lay_out: Callable[[Sequence[int]], TreePack],
+        sharded: Sharded | None,
+    ) -> _Balance:
+        """Costs one more forward of every pack: see tree/router.py."""
+        out = cls(first_uses([s.ids for s in samples]), torch.zeros(0), 0)
+        loads: list[RouterLoad] = []
+
+        def forward(pack: TreePack, counted: Tensor) -> Tensor:
+            hidden, load = policy.hidden_and_load(pack, counted)
+            loads.append(load)
+            return hidden
+
+        for indices in plan:
+            pack = lay_out(indices)
+            compute = partial(forward, pack, out.counted(pack, indices))
+            _ = compute() if sharded is None else sharded.run(compute)
+        mine = [(load.counts.cpu(), load.routings) for load in loads]
+        counts, routings = zip(*(mine if sharded is None else sharded.world.concat(mine)), strict=True)
+        out.counts, out.routings = torch.stack(counts).sum(0).to(policy.device), sum(routings)
+        return out
+
+    def counted(self, pack: TreePack, indices: Sequence[int]) -> Tensor:
+        """Which tokens of the pack of these samples count, bool [T]; none of an empty one."""
+        mask = torch.zeros(pack.num_tokens, dtype=torch.bool)
+        for i, index in zip(indices, pack.token_index, strict=False):
+            mask[index[self.new[i]]] = True
+        return mask
 
 
 def _pack_loss(
@@ -228,19 +290,27 @@ def _pack_loss(
     temperature: float,
     impl: str,
     outputs: dict[bool, PactLossOutput | None],
+    balance: _Balance | None,
+    indices: Sequence[int],
+    router: list[Tensor],
 ) -> Tensor:
-    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`."""
+    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`, its
+    part of the router's auxiliary loss into `router`, where `balance` is given; `indices`: of the samples."""
     # Before the forward: a copy to the device waits for what is queued there.
     rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
-    hidden = policy.hidden(pack)
+    if balance is None:
+        hidden = policy.hidden(pack)
+    else:
+        hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
+        aux = balance_loss(load.probs, balance.counts, balance.routings)
+        router.append(policy.family.router_coef * aux)
     for kind, terms in rows.items():
         scale = temperature if kind else 1.0
         outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
     losses = [o.loss for o in outputs.values() if o is not None]
-    if losses:
-        return torch.stack(losses).sum()
-    # Ranks must exchange the same gradients: the head's is there too, as zeros.
-    return hidden.sum() * 0.0 + sum(t.sum() * 0.0 for t in policy.head[:2] if t is not None)
+    if not losses:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
+        losses = [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
+    return torch.stack(losses + router).sum()
 
 
 def _loss_rows(
@@ -290,8 +360,6 @@ def _call_op(
         dual_clip=objective.dual_clip,
         beta=objective.beta if "policy_weight" in rows else 0.0,
         entropy_coef=objective.entropy_coef if "policy_weight" in rows else 0.0,
-        bias=head.bias,
-        softcap=head.softcap,
-        temperature=temperature,
         impl=impl,
+        **head.options(temperature),
     )

@@ -1,4 +1,4 @@
-"""The training loop: sample, score, update, evaluate. One process; every method is a choice of token weights.
+"""The training loop: sample, score, update, evaluate. Every method is a choice of token weights.
 
 Left out on purpose: anything about how a model shards, what a tool does, or how a chat is written.
 """
@@ -144,7 +144,7 @@ class Trainer:
         if rollouts:
             row["rollout_tokens_per_second"] = sum(r.num_sampled for r in rollouts) / row["time/rollout"]
         packs = [pack for update in updates for pack in update.losses]
-        row |= speed(packs, row, self.model.config, self.peak, frozen=bool(config.lora.rank))
+        row |= speed(packs, row, self.policy.family, self.peak, frozen=bool(config.lora.rank))
         self.tokens_trained += int(sum(pack["tokens"] for pack in packs))
         row |= {
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),

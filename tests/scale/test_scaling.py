@@ -7,24 +7,26 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pact_fast.train.memory import GIB, QWEN3, Shape, memory, state_bytes, traffic
+from pact_fast.train.memory import GIB, QWEN3, memory, state_bytes, traffic
+from pact_fast.tree.families import family_of, layer_parameters
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.policy import Policy
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "scaling.md"
 
 
-def model_of(shape, device):
+def model_of(family, device):
     config = Qwen3Config(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
+        hidden_size=family.hidden,
+        num_hidden_layers=len(family.layers),
+        intermediate_size=family.layers[0].intermediate,
+        num_attention_heads=family.heads,
+        num_key_value_heads=family.kv_heads,
+        head_dim=family.head_dim,
+        vocab_size=family.vocabulary,
+        tie_word_embeddings=family.tied,
     )
+    assert family_of(config) == family
     with torch.device(device):
         return Qwen3ForCausalLM(config)
 
@@ -34,10 +36,21 @@ def test_parameter_counts_are_those_of_the_real_architecture(size):
     model = model_of(QWEN3[size], "meta")
     assert QWEN3[size].parameters == sum(p.numel() for p in model.parameters())
     layer = model.model.layers[0]
-    assert QWEN3[size].layer_parameters == sum(p.numel() for p in layer.parameters())
+    assert layer_parameters(QWEN3[size], QWEN3[size].layers[0]) == sum(p.numel() for p in layer.parameters())
 
 
-SMALL = Shape(64, 3, 160, 4, 2, 16, 400, True)
+SMALL = family_of(
+    Qwen3Config(
+        hidden_size=64,
+        num_hidden_layers=3,
+        intermediate_size=160,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=400,
+        tie_word_embeddings=True,
+    )
+)
 
 
 def test_states_are_what_training_really_holds():
@@ -75,7 +88,7 @@ def test_activations_of_a_checkpointed_and_of_a_kept_layer_match_the_formula():
     checkpointed = saved_bytes(model, tokens, True)
     assert parts["checkpoints"] == pytest.approx(checkpointed, rel=0.5)
     whole = saved_bytes(model, tokens, False)
-    layer = (whole - checkpointed) / SMALL.layers + parts["checkpoints"] / SMALL.layers
+    layer = (whole - checkpointed) / len(SMALL.layers) + parts["checkpoints"] / len(SMALL.layers)
     print(
         f"one layer: measured {layer / tokens:.0f} bytes a token, formula {parts['one layer'] / tokens:.0f}"
     )

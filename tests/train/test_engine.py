@@ -3,7 +3,17 @@ leave."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pact_fast.rollout.in_process.decode import decodes
 from pact_fast.rollout.in_process.hf import HFEngine, _Batch
@@ -136,10 +146,26 @@ def test_samples_follow_the_distribution(model):
     assert float((counts - want).abs().max()) < 4 * (0.25 / 4000) ** 0.5
 
 
-def test_a_sliding_window_model_is_refused(model):
-    model.config.layer_types = ["full_attention", "sliding_attention"]
+def test_a_sliding_window_model_is_refused():
     with pytest.raises(ValueError, match="sliding_attention"):
-        HFEngine(model)
+        HFEngine(MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(**SHAPE, initializer_range=0.4, logits_scaling=3.0),
+        Gemma3TextConfig(
+            **SHAPE, initializer_range=0.4, final_logit_softcapping=2.0, layer_types=["full_attention"] * 2
+        ),
+    ],
+    ids=["granite", "gemma3_text"],
+)
+def test_the_heads_scale_and_softcap_are_in_the_logprobs(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    (out,) = generate(HFEngine(model), [[9, 8, 7]], [12], temperature=0.8, stops=())
+    assert out.logprobs == pytest.approx(logprobs_of(model, [9, 8, 7], out.token_ids, 0.8), abs=1e-4)
 
 
 def test_a_row_with_its_own_seed_draws_the_same_whoever_stands_beside_it(model):
