@@ -35,14 +35,16 @@ STYLES = {
     Component.TOOL_CALL: ("bold green", "#14532d", "#bbf7d0"),
     Component.TOOL_RESPONSE: ("yellow", "#713f12", "#fef9c3"),
     Component.ANSWER: ("bold red", "#7f1d1d", "#fee2e2"),
+    Component.THINK_TAG: ("cyan", "#155e75", "#cffafe"),
 }
 MEANING = {
     Component.CONTEXT: "prompt and template text, never a target",
-    Component.REASONING: "supervised up to the reasoning level; | marks a segment border",
-    Component.STRUCTURE: "tags and end of turn, supervised like calls",
+    Component.REASONING: "supervised up to the level; | ends one, what follows the last | is in none",
+    Component.STRUCTURE: "call tags and end of a calling turn, supervised like calls",
     Component.TOOL_CALL: "supervised, weight lambda",
     Component.TOOL_RESPONSE: "context only, never a target",
     Component.ANSWER: "supervised only where the config says so",
+    Component.THINK_TAG: "supervised only where the config says so",
 }
 
 
@@ -106,7 +108,7 @@ def encode(chat: ChatFormat, record: Record) -> Encoded:
 
 
 def coloured(chat: ChatFormat, tokens: Tokens) -> Text:
-    """The conversation as rich text, one style a component, `|` between reasoning segments."""
+    """The conversation as rich text, one style a component, `|` where a level of reasoning ends."""
     text = Text()
     for run, component, border in _runs(chat, tokens):
         if border:
@@ -150,13 +152,13 @@ def html_page(chat: ChatFormat, item: Encoded) -> str:
 
 
 def _runs(chat: ChatFormat, tokens: Tokens) -> list[tuple[str, Component, bool]]:
-    """(text, component, starts a later segment of a turn) for each stretch of equal component and segment."""
-    keys = list(zip(tokens.components, tokens.segments, tokens.turns, strict=True))
+    """(text, component, starts a later level) for each stretch of equal component and reasoning level."""
+    keys = list(zip(tokens.components, tokens.levels, tokens.turns, strict=True))
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     runs = []
     for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
         text = chat.decode(tokens.ids[start:end])
-        runs.append((text, Component(tokens.components[start]), tokens.segments[start] > 0))
+        runs.append((text, Component(tokens.components[start]), tokens.levels[start] > 1))
     return runs
 
 
@@ -242,7 +244,7 @@ def _chat(arguments: argparse.Namespace) -> ChatFormat:
 
     base = arguments.tokenizer == "toolbox-base"
     tokenizer = AutoTokenizer.from_pretrained(base_model_path() if base else arguments.tokenizer)
-    return ChatFormat.for_tokenizer(tokenizer, arguments.format, segments=arguments.segments)
+    return ChatFormat.for_tokenizer(tokenizer, arguments.format, levels=arguments.levels)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -252,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", default="toolbox-base", help="model folder or name (default: the bundled base model)"
     )
     parser.add_argument("--format", default="auto", choices=FORMAT_NAMES, help="chat format")
-    parser.add_argument("--segments", type=int, default=4, help="reasoning segments a turn")
+    parser.add_argument("--levels", type=int, default=4, help="prefix levels of a turn's reasoning")
     parser.add_argument("--record", help="id of the record to show (default: the first good one)")
     parser.add_argument("--html", type=Path, help="also write the shown record as a page")
     parser.add_argument("--prompt-limit", type=int, help="a longer prompt, in tokens, is a bad record")

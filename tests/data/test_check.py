@@ -69,7 +69,7 @@ def test_coloured_text_is_the_conversation_with_marked_segments(file, chatml_tok
     chat = ChatFormat.for_tokenizer(chatml_tokenizer)
     item = encode(chat, load_records(file(GOOD)).records[0])
     tokens = item.prompt + item.trace
-    borders = sum(a != b and b > 0 for a, b in zip(tokens.segments, tokens.segments[1:], strict=False))
+    borders = sum(a != b and b > 1 for a, b in zip(tokens.levels, tokens.levels[1:], strict=False))
     plain = coloured(chat, tokens).plain
     assert borders > 0
     assert len(plain) == len(chat.decode(tokens.ids)) + borders
