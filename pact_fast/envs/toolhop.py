@@ -17,7 +17,13 @@ from typing import Any
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record, parse_record
 from pact_fast.envs.base import Outcome
-from pact_fast.envs.python_tools import PythonToolsEnv, PythonToolsSettings, SourceEpisode, matches
+from pact_fast.envs.python_tools import (
+    PythonToolsEnv,
+    PythonToolsSettings,
+    SourceEpisode,
+    check_reward,
+    matches,
+)
 from pact_fast.envs.sandbox.sandbox import Program, SandboxCall
 
 FORMAT = (
@@ -50,6 +56,7 @@ class ToolHopSettings(PythonToolsSettings):
             raise ValueError(f"env.toolhop.scenario: one of {', '.join(TEMPLATES)}, got {self.scenario!r}")
         if self.prompt_template is not None and "{question}" not in self.prompt_template:
             raise ValueError("env.toolhop.prompt_template: must contain {question}")
+        check_reward("toolhop", self, ("solve",))
 
 
 class ToolHopEnv(PythonToolsEnv):
