@@ -123,6 +123,17 @@ def turn_segments(message: Mapping[str, Any]) -> list[Segment]:
     return conservative(text, calls) if hard else segments
 
 
+def cut_by(message: Mapping[str, Any]) -> str:
+    """Who cut an assistant message's reasoning: "levels" or "segments" of the record, "rules",
+    "conservative"."""
+    if message.get("reasoning_levels") is not None:
+        return "levels"
+    if message.get("reasoning_segments") is not None:
+        return "segments"
+    hard = segment_reasoning(message.get("reasoning_content") or "", message.get("tool_calls") or [])[1]
+    return "conservative" if hard else "rules"
+
+
 def safe_ends(segments: Sequence[Segment]) -> list[int]:
     """The ends of the chunks before the first preview of the call."""
     ends = []
