@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
-from pact_fast.data.records import Record
+from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import Episode, Outcome, StepResult
 from pact_fast.envs.call_matching import (
     Call,
@@ -58,6 +58,8 @@ class ToolboxEnv:
     def records(self, split: str) -> list[Record]:
         if split not in SPLITS:
             raise ValueError(f"split: one of {', '.join(SPLITS)}, got {split!r}")
+        if split == "train" and self.settings.train_path is not None:
+            return load_records(self.settings.train_path).records
         count = getattr(self.settings, f"{split}_tasks")
         return [_task_record(self.settings, split, i) for i in range(count)]
 

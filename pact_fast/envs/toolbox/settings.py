@@ -16,6 +16,7 @@ class ToolboxSettings:
 
     seed: int = 0
     train_tasks: int = 160  # each with an expert trace
+    train_path: str | None = None  # records of training tasks in their place, as `traces make` writes them
     validation_tasks: int = 64
     test_tasks: int = 200
 
