@@ -22,6 +22,7 @@ COMMANDS = {  # module pact_fast.commands.NAME with `main(argv) -> exit status`:
     "doctor": "what this machine has, and what each lack costs",
     "bench": "microbenchmarks of the ops beside their peers",
     "data": "check and show records of a data file",
+    "traces": "make expert traces with a teacher, cut their reasoning into segments",
 }
 
 

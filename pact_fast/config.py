@@ -185,6 +185,7 @@ class Config:
 
 
 RENAMED_KEYS = {  # old key: what it is called now
+    "objective.reasoning_segments": "objective.reasoning_levels",
     "objective.engine_correction_cap": "objective.importance_ratio_cap",
     "rollout.row_seeds": "rollout.per_sequence_seed",
     "env.train_file": "env.settings.train_path",
@@ -330,6 +331,7 @@ def _check_values(config: Config, source: str) -> None:
         ),
         (0 <= o.rl_start <= 1, "objective.rl_start", o.rl_start, "a share in [0, 1]"),
         (0 <= o.sft_end <= 1, "objective.sft_end", o.sft_end, "a share in [0, 1]"),
+        (o.sft_weight >= 0, "objective.sft_weight", o.sft_weight, "a weight >= 0"),
         (o.advantages in ADVANTAGE_MODES, "objective.advantages", o.advantages, f"one of {ADVANTAGE_MODES}"),
         (
             o.normalization in NORMALIZATIONS,
@@ -339,7 +341,19 @@ def _check_values(config: Config, source: str) -> None:
         ),
         (0 < o.epsilon < 1, "objective.epsilon", o.epsilon, "a clip range in (0, 1)"),
         (o.dual_clip is None or o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "a bound above 1"),
-        (o.reasoning_segments >= 1, "objective.reasoning_segments", o.reasoning_segments, "at least 1"),
+        (o.reasoning_levels >= 1, "objective.reasoning_levels", o.reasoning_levels, "at least 1"),
+        (
+            (o.reasoning_anneal == "sequence") == (o.call_anneal == "sequence"),
+            "objective.call_anneal",
+            o.call_anneal,
+            "sequence to both reasoning_anneal and call_anneal, or to none: it anneals both as one",
+        ),
+        (
+            not o.trace_answer or o.rl_context != "trace" or o.trace_context == "message",
+            "objective.trace_answer",
+            o.trace_answer,
+            "false with trace_context=concat: a rollout's first turn cannot follow an answer",
+        ),
         (
             (o.mu_start is None) == (o.mu_end is None),
             "objective.mu_end",

@@ -80,7 +80,7 @@ class Trainer:
         self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
         self.policy = build_policy(self.model, config.model)
         self.chat = ChatFormat.for_tokenizer(
-            self.tokenizer, config.model.chat_format, segments=config.objective.reasoning_segments
+            self.tokenizer, config.model.chat_format, levels=config.objective.reasoning_levels
         )
         self.env = make_env(config.env.name, config.env.settings)
         self.schedule = Schedule(config.objective, config.run.seed)
@@ -216,10 +216,11 @@ class Trainer:
                     [advantages[i] for i in rows],
                     anchored,
                     self.schedule.rl_scale(progress),
+                    size,
                 )
             if strength is not None and records[part::count]:
                 samples += self.builder.trace_samples(
-                    records[part::count], strength, self.schedule.sft_scale(progress)
+                    records[part::count], strength, self.schedule.sft_scale(progress), anchored
                 )
             out.append([trim(s) for s in samples if needed(s, o)])
         return out
