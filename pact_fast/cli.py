@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -65,6 +66,9 @@ def _guarded(run: Callable[[list[str]], int], words: list[str]) -> int:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         return run(words)
+    except BrokenPipeError:  # `pact-fast ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,87 +14,81 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pact_fast.keys import count, key, share
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is optimised; every preset is a choice of these.
+    """What is optimised; every preset is a choice of these"""
 
-    The policy term:
-
-    rl_context: context of the policy ratio: "trace" c, "prompt" x, "none" no policy term.
-    anchor_probability: q, share of prompts that use the prompt-only ratio although rl_context is "trace".
-    trace_context: how h follows x in c. "concat": as turns of the conversation, the very sequence that the
-    SFT
-        term teaches; "message": as text at the end of the last user message.
-    trace_reasoning, trace_calls, trace_observations: whether reasoning, calls and tool responses stay in h.
-    trace_answer: whether the final answer is part of h. The paper leaves it out: under c it would be known.
-    ratio_denominator: "context" is pi_old under the ratio's own context; "rollout" is pi_old as the tokens
-        were drawn, under x: the clip then also brakes a token that c has already made unlikely (or likely).
-    rl_start: share of the steps before which no policy term is used (sft-then-grpo).
-    advantages: "turn" adds a turn's part to the trajectory's, "group" and "group_mean" know the trajectory
-        alone. advantage_mix: "sum" or "mean" of the two parts. turn_discount: gamma of the turn returns.
-    normalization: of the policy term. "prompt": mean over a prompt's sampled tokens, then over prompts;
-        "token", "sequence", "constant": over the whole mini-batch.
-    beta: KL penalty to the policy before training, k3 estimator, under the context of the ratio.
-    importance_ratio_cap: C; every advantage is multiplied by min(pi_old(y|x) / pi_engine(y|x), C), the
-        trainer's over the engine's probability of the token as it was drawn (TIS). None: off.
-    skip_zero_advantage: rollouts whose advantage is exactly 0 leave the pass (they still count in the
-        normalisation).
-
-    The SFT term:
-
-    sft_targets: "components" (annealed), "all" (every assistant token), "none".
-    sft_weight: beta_SFT. sft_end: share of the steps after which no SFT term is used. mu_start, mu_end:
-    CHORD's
-        global weight, loss (1-mu) RL + mu SFT.
-    sft_on_anchored: whether an anchored prompt has an SFT term too.
-    sft_normalization: "prompt" divides by the sum of the prompt's own strengths, then by the prompts;
-        "token" by the number of supervised tokens of the mini-batch.
-    reasoning_anneal: "segment" supervises the prefix of semantic chunks of the present level, "token" a share
-        of a turn's reasoning tokens, "sequence" (with the same call_anneal) a share of all supervised tokens
-        of the trace as one sequence, "fixed" the longest prefix throughout, "none" nothing.
-    reasoning_levels: levels above 0 that reasoning falls through.
-    call_anneal: "scale" gives calls lambda, from tool_call_start to tool_call_end; "token" a share of the
-        tokens of a turn's calls, "sequence" see above, "fixed" tool_call_start throughout, "none" 0.
-    structure_strength: "call" gives the tags around a call and the end of a calling turn the strength of
-        calls, "all" think tags and the end of every turn too, "none" leaves all tags out.
-    answer_strength: of text beside or after the calls.
-    """
-
-    rl_context: Literal["trace", "prompt", "none"] = "trace"
-    anchor_probability: float = 0.4
-    trace_context: Literal["concat", "message"] = "concat"
-    trace_reasoning: bool = True
-    trace_calls: bool = True
-    trace_observations: bool = True
-    trace_answer: bool = False
-    ratio_denominator: Literal["context", "rollout"] = "context"
-    rl_start: float = 0.0
-    advantages: str = "turn"
-    advantage_mix: Literal["sum", "mean"] = "sum"
-    turn_discount: float = 0.9
-    normalization: str = "prompt"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    dual_clip: float | None = None
-    beta: float = 0.0
-    importance_ratio_cap: float | None = None
-    entropy_coef: float = 0.0
-    skip_zero_advantage: bool = True
-    sft_targets: Literal["components", "all", "none"] = "components"
-    sft_weight: float = 0.1
-    sft_end: float = 1.0
-    sft_on_anchored: bool = False
-    sft_normalization: Literal["prompt", "token"] = "prompt"
-    mu_start: float | None = None
-    mu_end: float | None = None
-    reasoning_anneal: Literal["segment", "token", "sequence", "fixed", "none"] = "segment"
-    reasoning_levels: int = 4
-    call_anneal: Literal["scale", "token", "sequence", "fixed", "none"] = "scale"
-    tool_call_start: float = 0.8
-    tool_call_end: float = 0.2
-    structure_strength: Literal["call", "all", "none"] = "call"
-    answer_strength: float = 0.0
+    # The policy term.
+    rl_context: Literal["trace", "prompt", "none"] = key(
+        "trace", "context of the policy ratio: trace (c = [x; h]), prompt (x), none (no policy term)"
+    )
+    anchor_probability: float = share(0.4, "q, share of prompts with the prompt-only ratio where it is trace")
+    trace_context: Literal["concat", "message"] = key(
+        "concat",
+        "h in c: turns of the conversation, as the SFT term teaches them, or text in the user message",
+    )
+    trace_reasoning: bool = key(True, "reasoning stays in h")
+    trace_calls: bool = key(True, "tool calls stay in h")
+    trace_observations: bool = key(True, "tool responses stay in h")
+    trace_answer: bool = key(
+        False, "the final answer is part of h; the paper leaves it out: it would be known"
+    )
+    ratio_denominator: Literal["context", "rollout"] = key(
+        "context", "pi_old under the ratio's own context, or as the tokens were drawn, under x"
+    )
+    rl_start: float = share(0.0, "share of the steps before which there is no policy term (sft-then-grpo)")
+    advantages: str = key(
+        "turn", "turn (the trajectory's and a turn's part), group, or group_mean (no division)"
+    )
+    advantage_mix: Literal["sum", "mean"] = key("sum", "of the trajectory's and the turn's part")
+    turn_discount: float = share(0.9, "gamma of the turn returns")
+    normalization: str = key(
+        "prompt",
+        "of the policy term: prompt (mean in a prompt, then over prompts), token, sequence, constant",
+    )
+    epsilon: float = key(0.2, "clip range of the ratio; a large one (1e6) switches clipping off", above=0)
+    epsilon_high: float | None = key(None, "upper clip range; none: epsilon", above=0)
+    dual_clip: float | None = key(
+        None, "bound on the loss where the advantage is negative; none: off", above=1
+    )
+    beta: float = key(0.0, "KL penalty to the policy before training (k3), under the ratio's context", low=0)
+    importance_ratio_cap: float | None = key(
+        None, "cap of pi_old(y|x) / pi_engine(y|x), which then multiplies every advantage; none: off", above=0
+    )
+    entropy_coef: float = key(0.0, "bonus for entropy", low=0)
+    skip_zero_advantage: bool = key(
+        True, "rollouts with advantage 0 leave the pass (they still count in means)"
+    )
+    # The SFT term.
+    sft_targets: Literal["components", "all", "none"] = key(
+        "components", "components (annealed), all (every assistant token), none"
+    )
+    sft_weight: float = key(0.1, "beta_SFT", low=0)
+    sft_end: float = share(1.0, "share of the steps after which there is no SFT term")
+    sft_on_anchored: bool = key(False, "an anchored prompt has an SFT term, too")
+    sft_normalization: Literal["prompt", "token"] = key(
+        "prompt", "by the sum of a prompt's strengths, then prompts; or by the batch's supervised tokens"
+    )
+    mu_start: float | None = share(None, "CHORD's weight at the start: loss (1-mu) RL + mu SFT; none: off")
+    mu_end: float | None = share(None, "CHORD's weight at the end")
+    reasoning_anneal: Literal["segment", "token", "sequence", "fixed", "none"] = key(
+        "segment",
+        "what of a turn's reasoning is supervised: a prefix of chunks, of tokens, ... (docs/method.md)",
+    )
+    reasoning_levels: int = count(4, "levels above 0 that reasoning falls through")
+    call_anneal: Literal["scale", "token", "sequence", "fixed", "none"] = key(
+        "scale", "strength of calls: falls from tool_call_start to tool_call_end, ... (docs/method.md)"
+    )
+    tool_call_start: float = share(0.8, "lambda at the start")
+    tool_call_end: float = share(0.2, "lambda at the end")
+    structure_strength: Literal["call", "all", "none"] = key(
+        "call",
+        "tags around calls and the end of a calling turn as calls; think tags and every end, too; none",
+    )
+    answer_strength: float = share(0.0, "of text beside or after the calls")
 
 
 # Plain SFT: every assistant token of the whole trace, its answer too, each token of the batch alike.

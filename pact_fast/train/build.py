@@ -18,6 +18,15 @@ from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.train.optimizer import AdamWBF16, adamw_8bit
 from pact_fast.tree.policy import Policy
 
+SMALL_MODEL = 10_000_000  # parameters; two threads took longer than one on every model tried below it
+
+
+def set_threads(threads: int | None, model: nn.Module) -> None:
+    """CPU threads of the whole process: as given, else one for a small model, which more make slower."""
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    if threads or (small and torch.get_num_threads() > 1):
+        torch.set_num_threads(threads or 1)
+
 
 def device_of(name: str, local_rank: int = 0) -> torch.device:
     """The device of this rank; "auto" is CUDA where there is one."""
@@ -89,7 +98,11 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
         raise ConfigError(f"lora.rank={lora.rank} needs `pip install peft`") from error
     # "all-linear" leaves the head out: it stays frozen, and no gradient of [V, H] is ever made.
     settings = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets or "all-linear",
+        task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, settings)
 

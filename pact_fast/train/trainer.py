@@ -21,7 +21,7 @@ from pact_fast.data.records import Record
 from pact_fast.distributed import join_world, plain
 from pact_fast.envs.base import make_env
 from pact_fast.evaluation.evaluate import eval_row, evaluate, transcript
-from pact_fast.metrics import MetricsLogger, ProgressDisplay
+from pact_fast.metrics import MetricsLogger, ProgressDisplay, check_trackers
 from pact_fast.objective import Schedule, SFTStrength
 from pact_fast.rollout import Overlap, Rollout, RolloutError, RolloutLimits, build_engine
 from pact_fast.train.batch import Sample, SampleBuilder, needed, pack_losses, trim
@@ -32,6 +32,7 @@ from pact_fast.train.build import (
     build_reference,
     build_sharded,
     device_of,
+    set_threads,
 )
 from pact_fast.train.checkpoint import Checkpointer, write_json
 from pact_fast.train.old_logprobs import (
@@ -71,13 +72,13 @@ class Trainer:
 
     def __init__(self, config: Config, stop: StopSignal | None = None) -> None:
         self.config = config
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)
+        check_trackers(config.run.report_to)  # before a model loads
         self.world = join_world(config.run.device)
         self.device = device_of(config.run.device, self.world.local_rank)
         self.run_dir = Path(config.run.dir) / config.run.name
         self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
+        set_threads(config.run.threads, self.model)
         self.policy = build_policy(self.model, config.model)
         self.chat = ChatFormat.for_tokenizer(
             self.tokenizer, config.model.chat_format, levels=config.objective.reasoning_levels
@@ -303,6 +304,11 @@ class Trainer:
             resume_step=start - 1 if start else None,
             report_to=config.run.report_to,
             run_config=config.to_dict(),
+            tracker_options={
+                "project": config.run.project,
+                "group": config.run.group,
+                "tags": config.run.tags,
+            },
             write=main,
         )
         progress = ProgressDisplay(total, start_step=start, console=Console(quiet=not main))
