@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,26 +59,30 @@ class Sample:
         return ((self.policy_weight != 0) | (self.sft_weight != 0)).nonzero()[:, 0]
 
 
+def _made_once(made: dict[int, tuple[Record, T]], record: Record, make: Callable[[], T]) -> T:
+    """What was made of this very record, or is now; the record is kept, so that its id stays its own."""
+    if id(record) not in made:
+        made[id(record)] = record, make()
+    return made[id(record)][1]
+
+
 class SampleBuilder:
     """Builds the samples of a step; the token form of prompts and traces is made once a record and kept."""
 
     def __init__(self, chat: ChatFormat, objective: ObjectiveConfig, max_completion_length: int) -> None:
         self.chat, self.objective, self.max_length = chat, objective, max_completion_length
-        self._prompts: dict[str, Tokens] = {}
-        self._traces: dict[str, Tokens] = {}
-        self._privileged: dict[str, list[int]] = {}
+        # By the record itself: ids are unique in a split, two files may well have the same ones.
+        self._prompts: dict[int, tuple[Record, Tokens]] = {}
+        self._traces: dict[int, tuple[Record, Tokens]] = {}
+        self._privileged: dict[int, tuple[Record, list[int]]] = {}
 
     def prompt(self, record: Record) -> Tokens:
         """Tokens of x."""
-        if record.id not in self._prompts:
-            self._prompts[record.id] = self.chat.prompt(record.prompt, record.tools)
-        return self._prompts[record.id]
+        return _made_once(self._prompts, record, lambda: self.chat.prompt(record.prompt, record.tools))
 
     def privileged_prompt(self, record: Record) -> list[int]:
         """Token ids of c(x, h)."""
-        if record.id not in self._privileged:
-            self._privileged[record.id] = self._context(record)
-        return self._privileged[record.id]
+        return _made_once(self._privileged, record, lambda: self._context(record))
 
     def _context(self, record: Record) -> list[int]:
         messages = self.shown_trace(record)
@@ -105,9 +111,9 @@ class SampleBuilder:
 
     def trace(self, record: Record) -> Tokens:
         """x + h as one token sequence with components."""
-        if record.id not in self._traces:
-            self._traces[record.id] = self.prompt(record) + self.chat.trace(self.shown_trace(record))
-        return self._traces[record.id]
+        return _made_once(
+            self._traces, record, lambda: self.prompt(record) + self.chat.trace(self.shown_trace(record))
+        )
 
     def rollout_samples(
         self,

@@ -71,7 +71,13 @@ def load_split(config: Config, env: ToolEnv, builder: SampleBuilder, split: str)
     o, training = config.objective, split == "train"
     records = list(env.records(split))
     limit = config.rollout.max_prompt_length
+    seen: dict[str, Record] = {}
     for record in records:
+        if (other := seen.setdefault(record.id, record)) is not record:
+            raise ValueError(
+                f"{record.source}: record {record.id!r}, field 'id': is the id of {other.source} too; anchors, "
+                "packs and scores go by it, so it must be unique in a split"
+            )
         longest = len(builder.prompt(record))
         if training and o.rl_context == "trace":
             longest = len(builder.privileged_prompt(record))

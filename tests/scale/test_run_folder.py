@@ -98,3 +98,38 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, number, status):
     assert "Traceback" not in out
     assert "go on with --resume" in out
     assert list((run_dir / "checkpoints").glob("step-*"))
+
+
+def test_files_with_the_same_ids_keep_their_own_questions(tmp_path):
+    """Default ids are "<file stem>:<line>": those of train/tasks.jsonl and val/tasks.jsonl are the same."""
+    tool = {"name": "price", "parameters": {"type": "object", "properties": {"item": {"type": "string"}}}}
+    for split, item, answer in (("train", "tea", "250"), ("val", "jam", "480")):
+        record = {
+            "prompt": [{"role": "user", "content": f"{split}: what is {item}?"}],
+            "tools": [{"type": "function", "function": tool}],
+            "codes": {"price": "def price(item):\n    return {'tea': 250, 'jam': 480}[item]\n"},
+            "answer": answer,
+            "expert_trace": [
+                {"role": "assistant", "tool_calls": [{"name": "price", "arguments": {"item": item}}]},
+                {"role": "tool", "name": "price", "content": answer},
+                {"role": "assistant", "content": answer},
+            ],
+        }
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "tasks.jsonl").write_text((json.dumps(record) + "\n") * 2)
+    settings = {
+        f"env.settings.{name}_path": str(tmp_path / part / "tasks.jsonl")
+        for name, part in (("train", "train"), ("validation", "val"))
+    }
+    trainer = Trainer(config(tmp_path / "r", env__name="python", **settings))
+    try:
+        for split, records in trainer.splits.items():
+            for record in records:
+                assert record.prompt[0]["content"] in trainer.chat.decode(
+                    trainer.builder.prompt(record).ids
+                ), split
+                assert record.prompt[0]["content"] in trainer.chat.decode(
+                    trainer.builder.trace(record).ids
+                ), split
+    finally:
+        trainer.env.close()
