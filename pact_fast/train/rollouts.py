@@ -75,8 +75,8 @@ def load_split(config: Config, env: ToolEnv, builder: SampleBuilder, split: str)
     for record in records:
         if (other := seen.setdefault(record.id, record)) is not record:
             raise ValueError(
-                f"{record.source}: record {record.id!r}, field 'id': is the id of {other.source} too; anchors, "
-                "packs and scores go by it, so it must be unique in a split"
+                f"{record.source}: record {record.id!r}, field 'id': is the id of {other.source} too; "
+                "anchors, packs and scores go by it, so it must be unique in a split"
             )
         longest = len(builder.prompt(record))
         if training and o.rl_context == "trace":
