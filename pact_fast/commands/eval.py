@@ -23,7 +23,7 @@ from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
 from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
-from pact_fast.train.build import device_of, load_pretrained
+from pact_fast.train.build import device_of, load_pretrained, set_threads
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
 # environment's answers are short; models of the real benchmarks think before they call.
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat-format", default="auto", help=", ".join(FORMAT_NAMES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: one for a small model, else all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", help="folder of results, transcripts and summary; default: runs/eval/<model>-<env>"
@@ -98,10 +99,13 @@ def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     records = None if prepare else _records(args, env)  # what is wrong with them is said before a model loads
     device = device_of(args.device)
     model, tokenizer = load_pretrained(args.model, args.dtype)
+    set_threads(args.threads, model)
     chat = ChatFormat.for_tokenizer(tokenizer, args.chat_format)
     out = Path(args.out)  # made once what it is to hold can be made
     out.mkdir(parents=True, exist_ok=True)
-    done = _resume(out, {k: v for k, v in vars(args).items() if k not in ("out", "tasks", "batch_tasks")})
+    done = _resume(
+        out, {k: v for k, v in vars(args).items() if k not in ("out", "tasks", "batch_tasks", "threads")}
+    )
     context = getattr(model.config, "max_position_embeddings", None)
     limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length, context)
     roll = partial(
