@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from kernel_cases import Case
 
+from bench.kernel_cases import Case
+from pact_fast.kernels.tree_attention import triton as kernels
 from pact_fast.kernels.tree_attention.tiles import Tile, choose_tiles
-from pact_fast.kernels.tree_attention.triton import attention as kernels
 
 KERNELS = {
     "fwd": kernels.tree_attention_fwd_kernel,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from pact_fast.data.chat import ChatFormat, Component, Tokens
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 
 CASES = [
     ("chatml_tokenizer", "hermes"),

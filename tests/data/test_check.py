@@ -8,7 +8,7 @@ import pytest
 from pact_fast.commands.data import coloured, encode, main
 from pact_fast.data.chat import ChatFormat, Component
 from pact_fast.data.records import load_records
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 
 GOOD = {"prompt": SAMPLE_PROMPT, "tools": SAMPLE_TOOLS, "expert_trace": SAMPLE_TRACE}
 

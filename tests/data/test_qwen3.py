@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from pact_fast.data.chat import ChatFormat, Component
 from pact_fast.data.traces import trace_from_calls
 from pact_fast.envs.base import make_env
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
-from tests.envs.env_helpers import own_ftrl_file, shared_file
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.environments import own_ftrl_file, shared_file
 
 ROOT = Path(__file__).resolve().parents[2]
 

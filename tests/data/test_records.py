@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pact_fast.data.records import RecordError, check_prompt_lengths, load_records, write_records
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 
 GOOD = {
     "id": "one",

@@ -1,7 +1,6 @@
 """Hard assignment of calls to reference calls, with numbers worked out by hand."""
 
 import pytest
-from env_helpers import calls, play, says
 
 from pact_fast.data.records import Record
 from pact_fast.envs.base import make_env
@@ -14,6 +13,7 @@ from pact_fast.envs.call_matching import (
     tagged_answer,
 )
 from pact_fast.objective import turn_advantages
+from tests.helpers.environments import calls, play, says
 
 F = ("f", {"a": 1, "b": 2, "c": 3})
 G = ("g", {})

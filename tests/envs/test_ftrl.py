@@ -7,12 +7,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from env_helpers import calls, own_ftrl_file, play, says, shared_file
 
 from pact_fast.data.records import Record, load_records
 from pact_fast.envs import make_env
 from pact_fast.envs.python_tools import matches
 from pact_fast.envs.sandbox.sandbox import Program, SandboxCall
+from tests.helpers.environments import calls, own_ftrl_file, play, says, shared_file
 
 
 @pytest.fixture(scope="module", params=["own", "published"])

@@ -7,13 +7,13 @@ import sys
 import time
 
 import pytest
-from scale_runs import config, words
 
 from pact_fast.commands import eval as eval_command
 from pact_fast.commands.export import main as export
 from pact_fast.config import ConfigError
 from pact_fast.metrics import read_metrics
 from pact_fast.train.trainer import Trainer
+from tests.helpers.runs import config, words
 
 
 def train(run_dir, **changes):

@@ -10,6 +10,7 @@ import re
 import tomllib
 from pathlib import Path
 
+from bench import main as bench
 from pact_fast import cli
 from pact_fast.config import Config
 from pact_fast.keys import markdown
@@ -30,10 +31,10 @@ This page is made from the keys themselves (`python tests/tools/test_frozen.py`)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
-def help_of(command):
+def help_of(command, *words):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        cli.command_main(command)(["--help"])
+        cli.command_main(command)([*words, "--help"])
     return out.getvalue()
 
 
@@ -49,8 +50,9 @@ def listing():
         if command == "train":
             lines.append("command train --resume and every config key")
             continue
-        options = sorted(set(OPTION.findall(help_of(command))) - {"--help"})
-        lines.append(f"command {command} {' '.join(options)}".rstrip())
+        for words in [(sub,) for sub in bench.COMMANDS] if command == "bench" else [()]:
+            options = sorted(set(OPTION.findall(help_of(command, *words))) - {"--help"})
+            lines.append(" ".join(["command", command, *words, *options]))
     lines += [f"metric {name} [{metric.unit}]" for name, metric in METRICS.items()]
     lines += [f"metric {prefix}* [{metric.unit}]" for prefix, metric in PREFIXES.items()]
     return lines

@@ -17,6 +17,7 @@ from transformers import (
 
 from pact_fast.rollout.in_process.decode import decodes
 from pact_fast.rollout.in_process.hf import HFEngine, _Batch
+from tests.helpers.generation import generate, logprobs_of
 
 SHAPE = {
     "vocab_size": 61,
@@ -36,24 +37,6 @@ def model(request):
     kind = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[request.param]
     # Default initialisation is nearly uniform; larger weights make positions and context matter.
     return kind[1](kind[0](**SHAPE, initializer_range=0.4)).eval()
-
-
-def logprobs_of(model, context, tokens, temperature=1.0):
-    with torch.no_grad():
-        logits = model(torch.tensor([list(context) + list(tokens)])).logits[0].float() / temperature
-    logp = logits.log_softmax(-1)
-    return [float(logp[len(context) + i - 1, t]) for i, t in enumerate(tokens)]
-
-
-def generate(engine, prompts, limits, sessions=None, temperature=1.0, seed=0, stops=(5, 6)):
-    return engine.generate(
-        prompts,
-        max_new_tokens=limits,
-        temperature=temperature,
-        stop_token_ids=stops,
-        seed=seed,
-        sessions=sessions,
-    )
 
 
 @pytest.mark.parametrize(("temperature", "lean"), [(1.0, True), (0.7, True), (1.0, False)])

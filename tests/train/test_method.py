@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from trainer_steps import gradients, step_samples
 from transformers import AutoTokenizer
 
 from pact_fast.config import load_config
@@ -18,6 +17,7 @@ from pact_fast.rollout import Rollout
 from pact_fast.train.batch import SampleBuilder, trim
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.scoring import sequence_logprobs
+from tests.helpers.trainer_steps import gradients, step_samples
 
 CALL = {"name": "person", "arguments": {"name": "Mora", "field": "boss"}}
 TOOLS = (

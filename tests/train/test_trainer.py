@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainer_steps import gradients, step_samples
 
 from pact_fast.config import PRESETS
 from pact_fast.data.tokens import Component
 from pact_fast.train.rollouts import batch_records
 from pact_fast.train.trainer import TrainingStopped
 from pact_fast.tree.scoring import sequence_logprobs
+from tests.helpers.trainer_steps import gradients, step_samples
 
 
 def assert_same(a, b):
@@ -246,9 +246,38 @@ def test_every_preset_trains(make_trainer, preset):
 
 
 def test_several_updates_per_rollout_use_the_old_logprobs(make_trainer):
-    trainer = make_trainer(train__num_iterations=2, train__num_mini_batches=2, train__learning_rate=3e-3)
-    row = trainer.train_step(0)
-    assert row["pact/ppo_kl"] != 0.0
+    """The loss of every update is that of the definition, with the log-probs from before the step as old."""
+    trainer = make_trainer(train__num_iterations=2, train__learning_rate=3e-3)
+    real, old, losses = trainer.update, {}, []
+
+    def policy_loss(samples, old_of):
+        total, clip = 0.0, trainer.config.objective.epsilon
+        with torch.no_grad():
+            scored = sequence_logprobs(trainer.policy, [s.ids.tolist() for s in samples])
+        for sample, logprobs in zip(samples, scored, strict=True):
+            live = sample.live()
+            current = logprobs[live - 1]
+            ratio = (current - old_of(sample, current)).exp()
+            gain = torch.minimum(
+                ratio * sample.advantages[live], ratio.clamp(1 - clip, 1 + clip) * sample.advantages[live]
+            )
+            total -= float((sample.policy_weight[live] * gain).sum())
+        return total
+
+    def update(samples, step):
+        policy = [s for s in samples if s.is_policy]
+        want = policy_loss(policy, lambda s, current: old.setdefault(tuple(s.ids.tolist()), current))
+        on_policy = policy_loss(policy, lambda s, current: current)
+        out = real(samples, step)
+        losses.append((sum(pack.get("policy_loss", 0.0) for pack in out.losses), want, on_policy))
+        return out
+
+    trainer.update = update
+    trainer.train_step(0)
+    (first, want_first, _), (second, want_second, on_policy) = losses
+    assert first == pytest.approx(want_first, abs=1e-5)
+    assert second == pytest.approx(want_second, abs=1e-5)
+    assert abs(want_second - on_policy) > 1e-3  # a loss that takes the current ones as old is another
 
 
 def test_the_same_seed_trains_the_same_weights(make_trainer):
