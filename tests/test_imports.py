@@ -34,7 +34,7 @@ ALLOWED = {
     "cli": {"config", "version"},
     "commands": {
         *("train", "serve", "evaluation", "rollout", "envs", "objective", "data", "tree", "ops", "cli"),
-        *("distributed", "metrics", "config", "kernels", "version"),
+        *("distributed", "metrics", "config", "keys", "kernels", "version"),
     },
     "__init__": {"ops", "tree", "objective", "train", "config", "version"},
     "__main__": {"cli"},
