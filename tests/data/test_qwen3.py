@@ -109,7 +109,7 @@ def test_tokens_equal_those_of_the_models_own_template(chat, tokenizer, cases):
 def test_components_cover_every_assistant_token_exactly_once(chat, cases):
     for prompt, tools, trace in cases():
         tokens = chat.prompt(prompt, tools) + chat.trace(trace)
-        assert len(tokens.ids) == len(tokens.components) == len(tokens.segments) == len(tokens.turns)
+        assert len(tokens.ids) == len(tokens.components) == len(tokens.levels) == len(tokens.turns)
         assistant = [m for m in trace if m["role"] == "assistant"]
         start = 0
         for turn, message in enumerate(assistant):
