@@ -339,7 +339,8 @@ def tree_attention_backward_op(
     q, d_out = _heads_dense(q), _heads_dense(d_out)
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    shape = {"D": head_dim, "BLOCK_D": _block_d(head_dim)}
+    block_d = _block_d(head_dim)
+    shape: dict[str, int | str] = {"D": head_dim, "BLOCK_D": block_d}
     with torch.cuda.device_of(q):
         tree_attention_delta_kernel[(triton.cdiv(tokens, 64) * heads,)](
             out, d_out, lse if d_lse is None else d_lse, delta, tokens, *d_out.stride()[:2],
@@ -348,8 +349,8 @@ def tree_attention_backward_op(
         shape |= {"GROUP": heads // k.shape[1], "WINDOW": window > 0, "PRECISION": _precision(q.dtype)}
         strides = (*k.stride()[:2], *v.stride()[:2])
         tree_attention_dkv_kernel[(key_order.numel() * k.shape[1],)](
-            _descriptor(q, [dkv_tile.block_m, shape["BLOCK_D"]]), k, v,
-            _descriptor(d_out, [dkv_tile.block_m, shape["BLOCK_D"]]), lse, delta, dk, dv, end, depth,
+            _descriptor(q, [dkv_tile.block_m, block_d]), k, v,
+            _descriptor(d_out, [dkv_tile.block_m, block_d]), lse, delta, dk, dv, end, depth,
             key_order, scale, scale * LOG2E, tokens, window, *strides,
             KV_HEADS=k.shape[1], BLOCK_M=dkv_tile.block_m, BLOCK_N=dkv_tile.block_n,
             num_warps=dkv_tile.num_warps, num_stages=dkv_tile.num_stages, **shape,

@@ -15,78 +15,32 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 from pact_fast.data import formats
 from pact_fast.data.formats import DEFAULT_PRIVILEGED_TEMPLATE, FORMAT_NAMES, CallSyntax, Headers
 from pact_fast.data.parsing import SPELT, AssistantTurn, ToolCall, parse_turn
 from pact_fast.data.reading import clean_text
-from pact_fast.data.segments import token_segments
+from pact_fast.data.segments import level_ends, token_levels
+from pact_fast.data.tokens import Component, Tokens
 
 __all__ = ["AssistantTurn", "ChatFormat", "Component", "Tokens", "ToolCall"]
 
 _MARK = "@@pact_fast:privileged@@"  # where privileged text goes in a rendered prompt
 
 
-class Component(IntEnum):
-    """What a token is. Only assistant turns hold REASONING, STRUCTURE, TOOL_CALL and ANSWER."""
-
-    CONTEXT = 0  # system and user text, role headers, everything that the template adds
-    REASONING = 1
-    STRUCTURE = 2  # think and tool-call tags, blank lines beside them, end of turn
-    TOOL_CALL = 3
-    TOOL_RESPONSE = 4
-    ANSWER = 5
-
-
-@dataclass
-class Tokens:
-    """Token ids with, per token: component, assistant turn index (-1 in the prompt), reasoning segment
-    (else -1).
-    """
-
-    ids: list[int] = field(default_factory=list)
-    components: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
-
-    def append(self, token: int, component: Component, turn: int, segment: int = -1) -> None:
-        self.ids.append(token)
-        self.components.append(int(component))
-        self.turns.append(turn)
-        self.segments.append(segment)
-
-    def extend(self, other: Tokens) -> Tokens:
-        """Append `other` in place and return self."""
-        self.ids += other.ids
-        self.components += other.components
-        self.turns += other.turns
-        self.segments += other.segments
-        return self
-
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens().extend(self).extend(other)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, part: slice) -> Tokens:
-        return Tokens(self.ids[part], self.components[part], self.turns[part], self.segments[part])
-
-
 class _Piece(NamedTuple):
     text: str
     component: Component
     tag: bool = False  # one token of its own where the tokenizer has it as an added token
+    ends: Sequence[int] = ()  # of the prefix levels, in reasoning
 
 
 class ChatFormat:
     """Writes and reads conversations for one tokenizer; make it with `ChatFormat.for_tokenizer`.
 
     Attributes: tokenizer, name ("hermes", "compact" or "llama"), template (Jinja text that renders prompts),
-    own_template (True where that is the model's own), segments, stop_token_ids.
+    own_template (True where that is the model's own), levels, stop_token_ids.
     """
 
     def __init__(
@@ -98,17 +52,17 @@ class ChatFormat:
         template: str,
         *,
         own_template: bool = False,
-        segments: int = 4,
+        levels: int = 4,
         privileged_template: str = DEFAULT_PRIVILEGED_TEMPLATE,
     ):
-        if segments < 1:
-            raise ValueError(f"segments={segments}: need at least one segment a turn")
+        if levels < 1:
+            raise ValueError(f"levels={levels}: need at least one level of reasoning")
         if "{trace}" not in privileged_template:
             raise ValueError(
                 f"privileged_template={privileged_template!r}: lacks '{{trace}}', where the trace goes"
             )
         self.tokenizer, self.name, self.template, self.own_template = tokenizer, name, template, own_template
-        self.segments, self.privileged_template = segments, privileged_template
+        self.levels, self.privileged_template = levels, privileged_template
         self._headers, self._syntax = headers, syntax
         self._encoding = threading.Lock()
         added = tokenizer.get_added_vocab()
@@ -134,7 +88,7 @@ class ChatFormat:
         tokenizer: Any,
         name: str = "auto",
         *,
-        segments: int = 4,
+        levels: int = 4,
         privileged_template: str = DEFAULT_PRIVILEGED_TEMPLATE,
     ) -> ChatFormat:
         """The format of a Hugging Face fast tokenizer.
@@ -143,7 +97,7 @@ class ChatFormat:
         ChatML tokenizers and "llama" for Llama 3 ones. "hermes" | "llama" take the model's own template
         where it writes calls that way, else the bundled one. "compact" is hermes with a short tool list
         (bundled).
-        segments: K, reasoning segments per turn. privileged_template: text with {trace} in it.
+        levels: K, the prefix levels of a turn's reasoning. privileged_template: text with {trace} in it.
         Raises ValueError for an unknown name, a slow tokenizer, or role markers that no format knows.
         """
         if name not in FORMAT_NAMES:
@@ -170,7 +124,7 @@ class ChatFormat:
             syntax,
             own if use_own and own is not None else template,
             own_template=use_own,
-            segments=segments,
+            levels=levels,
             privileged_template=privileged_template,
         )
 
@@ -346,17 +300,17 @@ class ChatFormat:
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _assistant_pieces(self, message: Mapping) -> list[_Piece]:
-        structure = Component.STRUCTURE
+        structure, think = Component.STRUCTURE, Component.THINK_TAG
         reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
         pieces = []
         if reasoning:
             pieces += [
-                _Piece(formats.THINK_OPEN, structure, True),
-                _Piece("\n", structure),
-                _Piece(reasoning, Component.REASONING),
-                _Piece("\n", structure),
-                _Piece(formats.THINK_CLOSE, structure, True),
-                _Piece("\n\n", structure),
+                _Piece(formats.THINK_OPEN, think, True),
+                _Piece("\n", think),
+                _Piece(reasoning, Component.REASONING, ends=level_ends(message, self.levels)),
+                _Piece("\n", think),
+                _Piece(formats.THINK_CLOSE, think, True),
+                _Piece("\n\n", think),
             ]
         if content:
             pieces.append(_Piece(content, Component.ANSWER))
@@ -417,10 +371,10 @@ class ChatFormat:
                 reasoning.append((len(tokens), start - begin))
             tokens.append(token, run[index].component, turn)
         if reasoning:
-            source = next(piece.text for piece in run if piece.component == Component.REASONING)
-            parts = token_segments(source, [start for _, start in reasoning], self.segments)
-            for (position, _), segment in zip(reasoning, parts, strict=True):
-                tokens.segments[position] = segment
+            ends = next(piece.ends for piece in run if piece.component == Component.REASONING)
+            levels = token_levels([start for _, start in reasoning], ends)
+            for (position, _), level in zip(reasoning, levels, strict=True):
+                tokens.levels[position] = level
 
     def _encode_text(self, text: str, *, plain: bool = False) -> tuple[list[int], list[int]]:
         """Ids and first characters. `plain`: control tokens written out in `text` stay text (tool output)."""

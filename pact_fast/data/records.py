@@ -6,10 +6,14 @@ One record a line (JSONL) or row (parquet; every column a JSON string or a neste
     prompt        [{"role": "system"|"user"|"assistant", "content": str}, ...], last one from the user
     tools         [{"type": "function", "function": {"name", "description", "parameters": JSON Schema}}, ...]
     expert_trace  [{"role": "assistant", "reasoning_content", "content",
-                    "tool_calls": [{"name", "arguments"}]}
+                    "tool_calls": [{"name", "arguments"}], "reasoning_segments"?, "reasoning_levels"?}
                    | {"role": "tool", "name" or "tool_call_id", "content"}
                    | {"role": "user", "content", "tools"?}, ...]
     env           {...} handed to the environment as it is; other top-level fields are added to it
+
+A trace ends on a tool response or on an answer. An assistant message may say how its reasoning is cut:
+`reasoning_segments` [{"type", "start", "end"}, ...], characters of reasoning_content, or finished
+`reasoning_levels`, the ends of L1, L2, ... in characters (pact_fast.data.segments).
 
 `messages` may stand for prompt and trace together: the trace starts at its first assistant message.
 Every record is checked when it is loaded, so that a bad one stops a run before training begins.
@@ -27,6 +31,7 @@ from typing import Any, NoReturn
 
 from pact_fast.data.formats import TAGS
 from pact_fast.data.reading import clean_value, half_surrogate, read_json
+from pact_fast.data.segments import check_levels, check_segments
 
 FIELDS = ("id", "prompt", "tools", "expert_trace", "env", "messages")
 
@@ -374,8 +379,11 @@ class _Checker:
             if len(set(map(str, named))) != len(named):
                 self.fail(f"{where}.tool_calls", f"two calls have the same id: {named}")
             normal.append(turn)
-        if any(call.response is not None for call in unanswered):  # a trace may end with unanswered calls
-            self._all_answered(unanswered, "expert_trace", "")
+        for call in unanswered:
+            if call.response is None:
+                problem = f"call to {call.name!r} has no tool response"
+                where = f"expert_trace[{len(messages) - 1}]"
+                self.fail(where, f"{problem}: a trace ends on a tool response or an answer")
         return tuple(normal)
 
     def _all_answered(self, calls: list[_Call], where: str, when: str) -> None:
@@ -425,7 +433,41 @@ class _Checker:
         }
         if not (turn["reasoning_content"] or turn["content"] or normal):
             self.fail(where, "assistant message is empty: no reasoning, content or tool call")
-        return turn
+        return turn | self._cuts(message, reasoning, where)
+
+    def _cuts(self, message: dict, raw: str, where: str) -> dict[str, Any]:
+        """The message's own `reasoning_segments` or `reasoning_levels`, counted in the normal form's
+        reasoning."""
+        text, front = raw.strip("\n"), len(raw) - len(raw.lstrip("\n"))
+
+        def moved(value: Any) -> Any:
+            """A place in `raw` as one in `text`; what is no place in `raw` stays, to be told of."""
+            inside = type(value) is int and 0 <= value <= len(raw)
+            return min(max(value - front, 0), len(text)) if inside else value
+
+        def fail(key: str, problem: str) -> NoReturn:
+            place, _, told = problem.partition(": ") if problem[:1] in "[:" else ("", "", problem)
+            self.fail(f"{where}.{key}{place}", told)
+
+        cuts: dict[str, Any] = {}
+        segments, levels = message.get("reasoning_segments"), message.get("reasoning_levels")
+        if isinstance(segments, list):
+            segments = [
+                {k: moved(v) if k != "type" else v for k, v in s.items() if k in ("type", "start", "end")}
+                if isinstance(s, dict)
+                else s
+                for s in segments
+            ]
+        if segments is not None:
+            if problem := check_segments(segments, text):
+                fail("reasoning_segments", problem)
+            cuts["reasoning_segments"] = segments
+        if levels is not None:
+            levels = [moved(end) for end in levels] if isinstance(levels, list) else levels
+            if problem := check_levels(levels, text):
+                fail("reasoning_levels", problem)
+            cuts["reasoning_levels"] = levels
+        return cuts
 
     def _call(self, call: Any, where: str, known: set[str]) -> dict:
         body = call.get("function", call) if isinstance(call, dict) else None

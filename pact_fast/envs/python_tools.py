@@ -14,7 +14,7 @@ import difflib
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,15 @@ from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.call_matching import (
+    REWARDS,
+    Call,
+    answer_f1,
+    match_turns,
+    need_reference_calls,
+    reference_calls,
+    tagged_answer,
+)
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
 
 KNOWN = ("codes", "answer", "unsolved_set", "ground_truth")  # fields that this module and its heirs read
@@ -38,7 +47,13 @@ def render_result(name, arguments):
 
 @dataclass(frozen=True)
 class PythonToolsSettings:
-    """Files of records (.jsonl or .parquet) and how their tools are run."""
+    """Files of records (.jsonl or .parquet), how their tools are run, and how episodes are rewarded.
+
+    reward: "solve" (answer and sub-answers), or "call_matching" / "call_matching_greedy": calls matched with
+    the record's `ground_truth`, the answer in <answer> tags by words (pact_fast.envs.call_matching).
+    unmatched_penalty: what a call without a match loses. answer_instruction: with call matching, what is
+    added to a prompt that does not speak of <answer>; empty: nothing.
+    """
 
     train_path: str | None = None
     validation_path: str | None = None  # None: drawn from the training file
@@ -46,9 +61,10 @@ class PythonToolsSettings:
     validation_tasks: int = 32  # drawn from the training file where validation_path is None
     seed: int = 0  # of that draw
 
-    answer_weight: float = (
-        0.5  # `python` only: share of the reward for the final answer, the rest for sub-answers
-    )
+    reward: str = "solve"
+    answer_weight: float = 0.5  # of "solve": share for the final answer, the rest for sub-answers
+    unmatched_penalty: float = 0.0
+    answer_instruction: str = "Put the final answer between <answer> and </answer>."
     max_consecutive_invalid: int = 3  # unreadable or unknown calls; then the episode ends
     max_response_length: int = (
         4096  # characters of a tool's response; the rest is cut off, and the cut is said
@@ -56,6 +72,19 @@ class PythonToolsSettings:
     workers: int = 2
     time_limit: float = 10.0  # seconds per call
     memory_mb: int = 512  # per worker
+
+    def __post_init__(self) -> None:
+        check_reward("python", self, ("solve", *REWARDS))
+
+    @property
+    def matches_calls(self) -> bool:
+        return self.reward in REWARDS
+
+
+def check_reward(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
+    """Raises ValueError for a reward that environment `name` does not have."""
+    if settings.reward not in rewards:
+        raise ValueError(f"env.{name}.reward: one of {', '.join(rewards)}, got {settings.reward!r}")
 
 
 @dataclass
@@ -67,6 +96,7 @@ class SourceEpisode(Episode):
     valid_calls: int = 0
     turn_rewards: list[float] = field(default_factory=list)
     called: list[ToolCall] = field(default_factory=list)
+    turn_calls: list[list[Call]] = field(default_factory=list)  # of each turn; an unreadable one is ("", {})
     content: str = ""
     closed: bool = False  # ended by a turn without calls
     last_response: str | None = None  # the tool message just before the last assistant turn, if there is one
@@ -87,7 +117,7 @@ class PythonToolsEnv:
     record has one.
 
     `env` of a record: `codes`, `answer`, and optionally `unsolved_set` ({tool name: [values its calls
-    should give]}).
+    should give]}) and `ground_truth` (the calls of a good solution, for reward="call_matching").
     """
 
     name = "python"
@@ -158,7 +188,20 @@ class PythonToolsEnv:
         elif not env["unsolved_set"]:
             near = difflib.get_close_matches("answer", [key for key in env if key not in KNOWN], 1)
             bad_field(record, "answer", "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
+        env["true_calls"] = reference_calls(record)
+        if self.settings.matches_calls:
+            need_reference_calls(record, env["true_calls"], self.settings.reward)
+            record = self._asking_for_tags(record)
         return record
+
+    def _asking_for_tags(self, record: Record) -> Record:
+        """The record with the instruction on <answer> tags, where its prompt does not speak of them."""
+        instruction = self.settings.answer_instruction
+        if not instruction or any("<answer>" in message["content"] for message in record.prompt):
+            return record
+        last = record.prompt[-1]
+        asked = {**last, "content": f"{last['content']}\n{instruction}"}
+        return replace(record, prompt=(*record.prompt[:-1], asked))
 
     # Episodes
 
@@ -191,6 +234,7 @@ class PythonToolsEnv:
         self, episode: SourceEpisode, turn: AssistantTurn, results: Iterator[CallResult]
     ) -> StepResult:
         episode.content = turn.content
+        episode.turn_calls.append([(call.name, call.arguments or {}) for call in turn.tool_calls])
         if not turn.tool_calls:
             episode.done = episode.closed = True
             reward = self._turn_reward(episode, turn, 0)
@@ -262,10 +306,29 @@ class PythonToolsEnv:
         reward = weight * scores["answer"] + (1 - weight) * scores.get("solve_f1", 0.0)
         return self._book(episode, truncated, reward, scores["answer"] == 1.0, scores)
 
-    @staticmethod
-    def _book(episode: SourceEpisode, truncated: str | None, reward: float, solved: bool, scores) -> Outcome:
+    def _book(
+        self,
+        episode: SourceEpisode,
+        truncated: str | None,
+        reward: float,
+        solved: bool,
+        scores: dict[str, float],
+    ) -> Outcome:
+        """The outcome; with call matching the reward is the sum of the turns' rewards, whatever is given."""
         failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
-        return Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        outcome = Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        if not self.settings.matches_calls:
+            return outcome
+        references = episode.record.env["true_calls"]
+        greedy, penalty = self.settings.reward.endswith("greedy"), self.settings.unmatched_penalty
+        matched = match_turns(episode.turn_calls, references, greedy=greedy, penalty=penalty)
+        rewards = list(matched.turn_rewards)
+        if episode.closed:
+            given = tagged_answer(episode.content)
+            rewards[-1] = max((answer_f1(given, gold) for gold in answers_of(episode.record)), default=0.0)
+        total = episode.calls + len(references)
+        scores = scores | {"call_match": 2 * matched.total / total if total else 1.0}
+        return replace(outcome, reward=sum(rewards), scores=scores, turn_rewards=tuple(rewards))
 
     def close(self) -> None:
         self.sandbox.close()

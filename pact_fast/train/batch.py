@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +18,20 @@ from pact_fast.config import ObjectiveConfig
 from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded
-from pact_fast.objective import SFTStrength, policy_token_weight, sft_token_strengths
+from pact_fast.objective import (
+    SFTStrength,
+    policy_token_weight,
+    sft_token_strengths,
+    sft_token_weights,
+)
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.rollout import Rollout
 from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,36 +59,61 @@ class Sample:
         return ((self.policy_weight != 0) | (self.sft_weight != 0)).nonzero()[:, 0]
 
 
+def _made_once(made: dict[int, tuple[Record, T]], record: Record, make: Callable[[], T]) -> T:
+    """What was made of this very record, or is now; the record is kept, so that its id stays its own."""
+    if id(record) not in made:
+        made[id(record)] = record, make()
+    return made[id(record)][1]
+
+
 class SampleBuilder:
     """Builds the samples of a step; the token form of prompts and traces is made once a record and kept."""
 
     def __init__(self, chat: ChatFormat, objective: ObjectiveConfig, max_completion_length: int) -> None:
         self.chat, self.objective, self.max_length = chat, objective, max_completion_length
-        self._prompts: dict[str, Tokens] = {}
-        self._traces: dict[str, Tokens] = {}
-        self._privileged: dict[str, list[int]] = {}
+        # By the record itself: ids are unique in a split, two files may well have the same ones.
+        self._prompts: dict[int, tuple[Record, Tokens]] = {}
+        self._traces: dict[int, tuple[Record, Tokens]] = {}
+        self._privileged: dict[int, tuple[Record, list[int]]] = {}
 
     def prompt(self, record: Record) -> Tokens:
         """Tokens of x."""
-        if record.id not in self._prompts:
-            self._prompts[record.id] = self.chat.prompt(record.prompt, record.tools)
-        return self._prompts[record.id]
+        return _made_once(self._prompts, record, lambda: self.chat.prompt(record.prompt, record.tools))
 
     def privileged_prompt(self, record: Record) -> list[int]:
         """Token ids of c(x, h)."""
-        if record.id not in self._privileged:
-            text = self.chat.render_trace(record.expert_trace, observations=self.objective.trace_observations)
-            self._privileged[record.id] = self.chat.prompt(record.prompt, record.tools, privileged=text).ids
-        return self._privileged[record.id]
+        return _made_once(self._privileged, record, lambda: self._context(record))
+
+    def _context(self, record: Record) -> list[int]:
+        messages = self.shown_trace(record)
+        if self.objective.trace_context == "message":
+            text = self.chat.render_trace(messages, observations=self.objective.trace_observations)
+            return self.chat.prompt(record.prompt, record.tools, privileged=text).ids
+        # h ends on a tool response (or a request), and so on the header that the rollout's first turn
+        # follows.
+        return (self.prompt(record) + self.chat.trace(messages)).ids
+
+    def shown_trace(self, record: Record) -> list[dict]:
+        """The messages of h: what of the expert's trace the objective lets through."""
+        o, messages = self.objective, list(record.expert_trace)
+        last = messages[-1] if messages else {"role": None}
+        if not o.trace_answer and last["role"] == "assistant" and not last.get("tool_calls"):
+            messages = messages[:-1]
+        shown = []
+        for message in messages:
+            if message["role"] == "tool" and not o.trace_observations:
+                message = {**message, "content": ""}
+            elif message["role"] == "assistant" and not (o.trace_reasoning and o.trace_calls):
+                left_out = [("reasoning_content", "", o.trace_reasoning), ("tool_calls", [], o.trace_calls)]
+                message = message | {key: empty for key, empty, kept in left_out if not kept}
+            shown.append(message)
+        return shown
 
     def trace(self, record: Record) -> Tokens:
         """x + h as one token sequence with components."""
-        if record.id not in self._traces:
-            messages = list(record.expert_trace)
-            if not self.objective.trace_observations:
-                messages = [{**m, "content": ""} if m["role"] == "tool" else m for m in messages]
-            self._traces[record.id] = self.prompt(record) + self.chat.trace(messages)
-        return self._traces[record.id]
+        return _made_once(
+            self._traces, record, lambda: self.prompt(record) + self.chat.trace(self.shown_trace(record))
+        )
 
     def rollout_samples(
         self,
@@ -89,26 +121,33 @@ class SampleBuilder:
         advantages: Sequence[Tensor],
         anchored: dict[str, bool],
         scale: float,
+        group: int,
     ) -> list[Sample]:
         """One sample a rollout, under c(x,h) or, where its prompt is anchored, under x.
 
         Args:
+            rollouts: of a mini-batch, the `group` ones of a prompt beside each other.
             advantages: per rollout, one value a turn.
-            anchored: per record id, whether the prompt-only ratio is used.
+            anchored: per record id, whether the prompt-only ratio stands in for the trace-conditioned one.
             scale: factor on the whole policy term (1, or 1 - mu).
         """
-        total = sum(r.num_sampled for r in rollouts)
+        counts = [r.num_sampled for r in rollouts]
         in_context = self.objective.ratio_denominator == "context"
+        under_x = self.objective.rl_context != "trace"
         samples = []
-        for rollout, advantage in zip(rollouts, advantages, strict=True):
+        for i, (rollout, advantage) in enumerate(zip(rollouts, advantages, strict=True)):
             record = rollout.record
-            head = rollout.prompt.ids if anchored[record.id] else self.privileged_prompt(record)
+            prompt_only = under_x or anchored[record.id]
+            head = rollout.prompt.ids if prompt_only else self.privileged_prompt(record)
+            first = i - i % group
             weight = scale * policy_token_weight(
                 self.objective.normalization,
-                rollout.num_sampled,
-                total_tokens=total,
+                counts[i],
+                total_tokens=sum(counts),
                 num_sequences=len(rollouts),
                 max_length=self.max_length,
+                prompt_tokens=sum(counts[first : first + group]),
+                num_prompts=len(rollouts) // group,
             )
             start = len(head)
             ids = torch.tensor([*head, *rollout.token_ids])
@@ -125,25 +164,34 @@ class SampleBuilder:
                     torch.zeros(len(ids)),
                     old_logprobs=None if in_context else engine,
                     engine_logprobs=engine,
-                    prompt_only=anchored[record.id],
+                    prompt_only=prompt_only,
                 )
             )
         return samples
 
-    def trace_samples(self, records: Sequence[Record], strength: SFTStrength, scale: float) -> list[Sample]:
-        """One sample a record: teacher forcing of h after x with component strengths over N_sft."""
-        tokens = [self.trace(r) for r in records]
-        strengths = [sft_token_strengths(t.components, t.segments, strength) for t in tokens]
-        count = max(int(sum((s > 0).sum() for s in strengths)), 1)
+    def trace_samples(
+        self, records: Sequence[Record], strength: SFTStrength, scale: float, anchored: dict[str, bool]
+    ) -> list[Sample]:
+        """One sample a record of the mini-batch that has an SFT term: teacher forcing of h after x.
+
+        Args:
+            anchored: per record id; such a record has no SFT term (unless `sft_on_anchored`) but counts as a
+                prompt of the batch.
+            scale: factor on the whole SFT term.
+        """
+        taught = [r for r in records if self.objective.sft_on_anchored or not anchored[r.id]]
+        tokens = [self.trace(r) for r in taught]
+        strengths = [sft_token_strengths(t.components, t.turns, t.levels, strength) for t in tokens]
+        weights = sft_token_weights(strengths, self.objective.sft_normalization, len(records))
         return [
             Sample(
                 record.id,
                 torch.tensor(t.ids),
                 torch.zeros(len(t)),
                 torch.zeros(len(t)),
-                s * (scale / count),
+                w * scale,
             )
-            for record, t, s in zip(records, tokens, strengths, strict=True)
+            for record, t, w in zip(taught, tokens, weights, strict=True)
         ]
 
 

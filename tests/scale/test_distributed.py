@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from scale_runs import adapters, curve, same_weights, tiny_experts, tiny_model, weights
 from transformers import AutoModelForCausalLM
 
 from pact_fast.commands.export import export
 from pact_fast.distributed import World
+from tests.helpers.runs import adapters, curve, same_weights, tiny_experts, tiny_model, weights
 
 HERE = Path(__file__).parent
 # Small packs: several an update, and on two ranks an odd number now and then.
@@ -62,7 +62,7 @@ def jobs(tmp_path_factory):
         job("poisoned one", 1, poison=[0, 3]),
         job("poisoned rank 1 of two", 2, poison=[1, 3]),
     ]
-    words = [sys.executable, str(HERE / "ranks.py"), json.dumps([entry for _, entry in listed])]
+    words = [sys.executable, "-m", "tests.helpers.ranks", json.dumps([entry for _, entry in listed])]
     paths = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}  # this tree, whatever is installed
     done = subprocess.run(words, capture_output=True, text=True, timeout=1500, env=paths)
     assert done.returncode == 0, done.stderr
@@ -190,10 +190,9 @@ def test_shares_cover_everything_once_and_even_ones_are_as_long():
 
 
 def test_options_of_several_processes_are_refused_in_one(tmp_path):
-    from scale_runs import config
-
     from pact_fast.config import ConfigError
     from pact_fast.train.trainer import Trainer
+    from tests.helpers.runs import config
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

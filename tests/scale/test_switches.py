@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from scale_runs import config, curve, same_weights, tiny_model, weights
 from transformers import AutoModelForCausalLM
 
 from pact_fast.config import ConfigError
@@ -13,6 +12,7 @@ from pact_fast.train.step_metrics import Phases, peak_flops
 from pact_fast.train.trainer import Trainer
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.policy import Policy
+from tests.helpers.runs import config, curve, same_weights, tiny_model, weights
 
 BRIEF = {"train__max_steps": 2, "eval__every": 0, "checkpoint__every": 1, "eval__validation_tasks": 1}
 

@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.rollout import InProcessEngine, RolloutError
+from tests.helpers.generation import generate, logprobs_of
 
 SHAPE = {
     "vocab_size": 61,
@@ -25,24 +26,6 @@ def model(request):
     kind = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[request.param]
     # Default initialisation is nearly uniform; larger weights make positions and context matter.
     return kind[1](kind[0](**SHAPE, initializer_range=0.4)).eval()
-
-
-def logprobs_of(model, context, tokens, temperature=1.0):
-    with torch.no_grad():
-        logits = model(torch.tensor([list(context) + list(tokens)])).logits[0].float() / temperature
-    logp = logits.log_softmax(-1)
-    return [float(logp[len(context) + i - 1, t]) for i, t in enumerate(tokens)]
-
-
-def generate(engine, prompts, limits, sessions=None, temperature=1.0, seed=0, stops=(5, 6)):
-    return engine.generate(
-        prompts,
-        max_new_tokens=limits,
-        temperature=temperature,
-        stop_token_ids=stops,
-        seed=seed,
-        sessions=sessions,
-    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])

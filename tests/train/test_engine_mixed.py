@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from test_engine import SHAPE, generate, logprobs_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.rollout import InProcessEngine, RolloutError
@@ -14,6 +13,8 @@ from pact_fast.rollout.in_process.engine import CPU_BYTES
 from pact_fast.rollout.in_process.runner import KVPool
 from pact_fast.rollout.in_process.scheduler import Request
 from pact_fast.tree.scoring import sequence_logprobs
+from tests.helpers.generation import generate, logprobs_of
+from tests.train.test_engine import SHAPE
 
 REQUESTS = int(os.environ.get("PACT_FAST_MIXED_REQUESTS", "1000"))
 

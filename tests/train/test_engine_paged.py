@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import SHAPE, generate, logprobs_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,8 @@ from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.kernels.decode import ops
 from pact_fast.rollout import InProcessEngine, RolloutError
 from pact_fast.rollout.in_process.paged import bucket_of, segments_of
+from tests.helpers.generation import generate, logprobs_of
+from tests.train.test_engine import SHAPE
 
 WIDE = SHAPE | {"initializer_range": 0.4, "pad_token_id": 0}
 LAYERS = ["sliding_attention", "full_attention"]

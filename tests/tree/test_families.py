@@ -45,8 +45,13 @@ from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.router import balance_loss
 from pact_fast.tree.scoring import sequence_logprobs
-from tests.tree.conftest import pact_sequences, random_sequences
-from tests.tree.test_policy import assert_gradients_equal, one_by_one, weighted_sum
+from tests.helpers.trees import (
+    assert_gradients_equal,
+    one_by_one,
+    pact_sequences,
+    random_sequences,
+    weighted_sum,
+)
 
 SHAPE = {
     "vocab_size": 61,

@@ -28,7 +28,13 @@ from pact_fast.envs.toolbox import BaseMix, base_records
 from pact_fast.envs.toolbox.base_model.induction import write_induction_circuit
 from pact_fast.envs.toolbox.base_model.tokenizer import record_texts, train_tokenizer
 
-TARGETS = (Component.REASONING, Component.STRUCTURE, Component.TOOL_CALL, Component.ANSWER)
+TARGETS = (
+    Component.REASONING,
+    Component.STRUCTURE,
+    Component.TOOL_CALL,
+    Component.ANSWER,
+    Component.THINK_TAG,
+)
 
 
 DRILL = BaseMix(
