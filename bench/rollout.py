@@ -1,11 +1,11 @@
 """Rollouts: tokens a second beside transformers, time to first token, prefill, share of the memory floor.
 
-    pact-fast bench rollout [--model toolbox-base] [--rows 8,64,256] [--prompt 0] [--group 8] [--new 64] [--out PATH]
+    pact-fast bench rollout [--model M] [--rows 8,64,256] [--prompt 0] [--group 8] [--new 64] [--out PATH]
 
-G rows of a prompt stand beside each other (--group). On a CPU: fp32, one thread, the bundled model and its real
-prompts (--prompt 0); processor time beside the wall's, which other load hardly touches. On a GPU: bf16, random
-weights of a named shape, random prompts of --prompt tokens, and the share of the memory floor: what a step must
-read at least, once, at the card's bandwidth,
+G rows of a prompt stand beside each other (--group). On a CPU: fp32, one thread, the bundled model and its
+real prompts (--prompt 0); processor time beside the wall's, which other load hardly touches. On a GPU: bf16,
+random weights of a named shape, random prompts of --prompt tokens, and the share of the memory floor: what a
+step must read at least, once, at the card's bandwidth,
 
     floor = steps x (weights + keys and values of each distinct token in flight) bytes / bandwidth
 
