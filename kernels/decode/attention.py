@@ -55,9 +55,7 @@ def choose_key_tile(
         return KeyTile(16, 1, 1)
     if dtype == torch.float32:
         return KeyTile(32, 4, 2)
-    if block_d <= 128:
-        return KeyTile(64, 4, 3)
-    return KeyTile(32, 8 if block_m > 32 else 4, 3)
+    return KeyTile(64 if block_d <= 128 else 32, 8 if block_m > 32 else 4, 3)
 
 
 @triton.jit

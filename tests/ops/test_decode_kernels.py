@@ -1,8 +1,8 @@
 """The Triton kernels of the decode ops, interpreted on CPU (compiled on a GPU), against their references.
 
 Tolerance: at most twice the error of the reference in the same dtype against its own fp64 form, plus 1e-5 of
-the values' size (fp32) or one rounding (fp16). bf16 is left to GPUs: the interpreter misreads it. Memory that
-nobody wrote is NaN.
+the values' size (fp32) or two roundings (fp16). bf16 is left to GPUs: the interpreter misreads it. Memory
+that nobody wrote is NaN.
 """
 
 import numpy as np
@@ -21,7 +21,8 @@ from pact_fast.kernels.decode.tasks import (
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOATS = [torch.float32, torch.float16]
+FLOATS = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+STEP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +37,7 @@ def assert_near(got, plain, exact):
     """`got` is as near to `exact` (fp64) as `plain`, the reference in the same dtype."""
     assert got.dtype == plain.dtype
     exact = exact.to(got.device)
-    step = 1e-5 if got.dtype == torch.float32 else 2e-3
-    allowed = 2 * (plain.double() - exact).abs() + step * (1 + exact.abs())
+    allowed = 2 * (plain.double() - exact).abs() + STEP[got.dtype] * (1 + exact.abs())
     error = (got.double() - exact).abs()
     assert bool((error <= allowed).all()), f"{(error - allowed).max().item():.2e} beyond the tolerance"
 
