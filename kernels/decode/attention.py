@@ -153,7 +153,8 @@ def shared_prefix_partial_kernel(
         o_head = i_h * GROUP + o_m % GROUP
         m_q = m_m[:, None] & (o_d[None, :] < D)
         p_q = q + (b_row.to(tl.int64) * s_q + o_head * D)[:, None] + o_d[None, :]
-        b_q = tl.load(p_q, mask=m_q, other=0.0)
+        # A task whose keys are not there yet waits for nothing.
+        b_q = tl.load(p_q, mask=m_q & (i_first < i_last), other=0.0)
         i_begin = i_first
         b_low = o_m  # first key a row sees, counted in the segment
         if WINDOW:
