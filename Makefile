@@ -8,7 +8,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 FLOOR_TESTS ?= tests/ops/test_linear_logprob.py tests/ops/test_linear_pact_loss.py tests/train \
 	tests/scale/test_checkpoint.py tests/scale/test_lora.py tests/scale/test_torchrun.py
 
-.PHONY: setup train test test-floor check bench bench-cpu gpu format
+.PHONY: setup train test test-floor check bench bench-cpu gpu format docs
 
 setup: $(VENV)/.done
 
@@ -47,3 +47,7 @@ bench-cpu: setup
 
 gpu:
 	bash bench/gpu.sh $(ARGS)
+
+docs: setup
+	$(PY) -m pip install -q -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict --quiet $(ARGS)

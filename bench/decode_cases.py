@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from kernel_cases import QWEN_VOCAB, Case
-from tree_kernel_cases import TENSOR_CORES
 
+from bench.kernel_cases import QWEN_VOCAB, Case
+from bench.tree_kernel_cases import TENSOR_CORES
 from pact_fast.kernels.decode import attention, elementwise, extend, sampling
 from pact_fast.kernels.decode.tasks import TILE_ROWS
 

@@ -3,7 +3,7 @@
 #   setup    environment on the machine's own torch and triton, native parts built if nvcc is there
 #   tests    the GPU tests and the kernel tests, compiled instead of interpreted
 #   bench    the ops beside their peers at the main shape: CSV rows and a plot in bench/results/
-#   tree     attention, training step and scoring pass of token trees (all lengths: python bench/tree.py)
+#   tree     attention, training step and scoring pass of token trees (all lengths: python -m bench tree)
 #   trainer  a step of the trainer on the bundled environment, where its packages are there
 #   others   the ops at their other shapes, as many as the time allows
 #   summary  the targets, from those rows, to bench/results/summary.txt
@@ -17,6 +17,7 @@ cd "$(dirname "$0")/.."
 VENV=${VENV_GPU:-.venv-gpu}
 SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
 OUT=bench/results
+HEAD_OPS=(--op linear_cross_entropy --op linear_logprob --op linear_pact_loss)
 ONLY=()  # what a dry run adds to pytest
 if [ -n "${DRY_RUN:-}" ]; then
     VENV=${VENV_GPU:-.venv} SECONDS_PER_CASE=0 OUT=$(mktemp -d) ONLY=(--collect-only) TREE_ROUNDS=1
@@ -64,14 +65,13 @@ part_tests() {
 
 # The loss comes last: a peer of it goes through torch.compile, whose time is not ours to bound.
 part_bench() {
-    within "${BENCH_LIMIT:-120}" "$PY" -m pact_fast.commands.bench --op linear_cross_entropy --op linear_logprob \
-        --op linear_pact_loss --shapes main --seconds "$SECONDS_PER_CASE" --out "$OUT"
+    within "${BENCH_LIMIT:-120}" "$PY" -m bench ops "${HEAD_OPS[@]}" --shapes main --seconds "$SECONDS_PER_CASE" --out "$OUT"
 }
 
 part_tree() {
     local status=0 TREE=(--main-shape --seconds "$SECONDS_PER_CASE" --out "$OUT" --rounds "${TREE_ROUNDS:-3}")
-    within "${TREE_LIMIT:-90}" "$PY" bench/tree.py attention packer "${TREE[@]}" || status=$?
-    within "${TREE_MODEL_LIMIT:-90}" "$PY" bench/tree.py model "${TREE[@]}" || status=$?
+    within "${TREE_LIMIT:-90}" "$PY" -m bench tree attention packer "${TREE[@]}" || status=$?
+    within "${TREE_MODEL_LIMIT:-90}" "$PY" -m bench tree model "${TREE[@]}" || status=$?
     return $status
 }
 
@@ -89,11 +89,11 @@ part_trainer() {
 }
 
 part_others() {
-    if_time_allows "${OTHERS_LIMIT:-120}" "$PY" -m pact_fast.commands.bench --shapes others --seconds "$SECONDS_PER_CASE" --out "$OUT"
+    if_time_allows "${OTHERS_LIMIT:-120}" "$PY" -m bench ops "${HEAD_OPS[@]}" --shapes others --seconds "$SECONDS_PER_CASE" --out "$OUT"
 }
 
 part_summary() {
-    "$PY" -m pact_fast.commands.bench --targets --out "$OUT" | tee "$OUT/summary.txt"
+    "$PY" -m bench ops --targets --out "$OUT" | tee "$OUT/summary.txt"
 }
 
 status=0

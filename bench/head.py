@@ -8,9 +8,9 @@ beforehand.
 from types import SimpleNamespace
 
 import torch
-from registry import Op, Run, Shape, Unavailable, provider, register
 from torch.nn import functional as F
 
+from bench.registry import Op, Run, Shape, Unavailable, provider, register
 from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
 from pact_fast.kernels.lm_head import rows_cuda
 

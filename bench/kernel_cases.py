@@ -1,4 +1,4 @@
-"""What the ahead-of-time report compiles: every Triton kernel in the configuration its launcher picks.
+"""What the ahead-of-time report compiles of the LM head: each kernel in the configuration its launcher picks.
 
 A case is a kernel with its argument types, its compile-time values and its launch options; integers marked
 `x16` are known to be divisible by 16, as the launcher's arguments are at real sizes (V = 151,936, padded
@@ -109,26 +109,3 @@ def gradient_cases(dtype: str) -> Iterator[Case]:
         num_stages=3,
         aligned=("size",),
     )
-
-
-def default_cases() -> list[Case]:
-    from decode_cases import decode_cases  # they need Case
-    from tree_kernel_cases import tree_cases
-
-    tree = [*tree_cases("bf16", 128), *tree_cases("bf16", 64)]
-    # Of the windowed kernels the one whose tile has the least room: it spilled with a larger one.
-    tree += [c for c in tree_cases("bf16", 128, window=True) if c.arch == 90 and " dkv " in c.name]
-    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16"), *tree, *decode_cases()]
-
-
-def all_cases() -> list[Case]:
-    more = [
-        case for dtype in ("fp16", "fp32") for case in (*row_cases(dtype, QWEN_VOCAB), *gradient_cases(dtype))
-    ]
-    small = [case for dtype in ("bf16", "fp32") for case in row_cases(dtype, 512)]
-    from decode_cases import more_decode_cases
-    from tree_kernel_cases import tree_cases
-
-    tree = [*tree_cases("fp16", 128), *tree_cases("bf16", 96), *tree_cases("bf16", 256)]
-    tree += tree_cases("bf16", 128, window=True)
-    return default_cases() + more + small + list(row_cases("bf16", 50_257)) + tree + more_decode_cases()

@@ -1,4 +1,4 @@
-"""The registry of microbenchmarks: ops x providers x shapes. Files that register: head.py (the LM head)."""
+"""The registry of microbenchmarks: ops x providers x shapes. head.py and tree_attention.py register."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +38,10 @@ class Op:
     gpu_shapes: tuple[Shape, ...]
     cpu_shapes: tuple[Shape, ...]
     gate_shape: Shape
+    plain: str = "torch/logits"  # the provider whose error the gate allows others four times of
+    # What a run of a provider gave, as `exact` names it; for runs whose outputs have a form of their own.
+    collect: Callable[[Any, Run, dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda i, run, out: out
+    flops: Callable[[Any, str], float] | None = None  # useful operations of a run, of inputs and mode
     providers: dict[str, Maker] = field(default_factory=dict)  # "provider/impl" -> maker
     ours: tuple[str, ...] = ()  # providers run on shapes without peers, too
 

@@ -1,72 +1,55 @@
 """CSV rows to a table, a plot, and the targets of the LM head with the floor of the same run."""
 
-import csv
-from collections.abc import Iterable
 from pathlib import Path
 
-from runner import COLUMNS
-
-Row = dict[str, str]
+from bench.rows import Row
 
 
-def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """Appends rows, with a header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(paths: Iterable[Path]) -> list[Row]:
-    return [row for path in paths for row in csv.DictReader(path.open(newline=""))]
-
-
-def print_table(rows: list[dict[str, object]], left_out: dict[str, str]) -> None:
+def print_table(rows: list[Row]) -> None:
+    if not rows:
+        return
     from rich.console import Console
     from rich.table import Table
 
-    first = rows[0] if rows else {}
-    title = f"{first.get('op', '')} {first.get('mode', '')} {first.get('shape', '')} {first.get('dtype', '')}"
+    first = rows[0]
+    title = " ".join(first[column] for column in ("op", "mode", "shape", "dtype"))
     table = Table(title=title, title_justify="left")
-    on_cpu = first.get("gpu") == "cpu"
+    on_cpu = first["gpu"] == "cpu"
     extra = {f"{'processor ' if on_cpu else ''}time over the bare GEMMs": "x GEMMs"}
+    if any(row["metric"] == "effective" for row in rows):
+        extra = {"effective": "TFLOP/s"}
     extra |= {} if on_cpu else {"peak_memory": "peak GiB", "extra_memory": "extra GiB"}
     for column in ("provider", "p20", "median", "p80", *extra.values()):
         table.add_column(column, justify="left" if column == "provider" else "right")
-    by_name: dict[str, dict[str, dict[str, object]]] = {}
+    by_name: dict[str, dict[str, Row]] = {}
     for row in rows:
-        by_name.setdefault(f"{row['provider']}/{row['impl']}", {})[str(row["metric"])] = row
-    for name, metrics in sorted(by_name.items(), key=lambda item: float(str(item[1]["time"]["p50"]))):
+        by_name.setdefault(f"{row['provider']}/{row['impl']}", {})[row["metric"]] = row
+    for name, metrics in sorted(by_name.items(), key=lambda item: float(item[1]["time"]["p50"])):
         time = metrics["time"]
-        others = [str(metrics[m]["p50"]) if m in metrics else "" for m in extra]
-        table.add_row(name, str(time["p20"]), f"{time['p50']} ms", str(time["p80"]), *others)
+        others = [metrics[m]["p50"] if m in metrics else "" for m in extra]
+        table.add_row(name, time["p20"], f"{time['p50']} ms", time["p80"], *others)
     Console().print(table)
-    for name, reason in left_out.items():
-        print(f"  left out: {name}: {reason}")
 
 
-def plot(rows: list[dict[str, object]], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """One bar per provider (median, p20 to p80) for each op, mode and shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups: dict[tuple[str, ...], list[dict[str, object]]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["metric"] == "time":
-            groups.setdefault(tuple(str(row[k]) for k in ("op", "mode", "shape")), []).append(row)
+            groups.setdefault(tuple(row[k] for k in ("op", "mode", "shape")), []).append(row)
     if not groups:
         return
     figure, axes = pyplot.subplots(len(groups), 1, figsize=(8, 2.2 * len(groups)), squeeze=False)
     for axis, (title, group) in zip(axes[:, 0], groups.items(), strict=True):
-        group = sorted(group, key=lambda row: float(str(row["p50"])))
-        middle = [float(str(row["p50"])) for row in group]
-        spread = [[m - float(str(r["p20"])) for m, r in zip(middle, group, strict=True)],
-                  [float(str(r["p80"])) - m for m, r in zip(middle, group, strict=True)]]  # fmt: skip
+        group = sorted(group, key=lambda row: float(row["p50"]))
+        middle = [float(row["p50"]) for row in group]
+        spread = [[m - float(r["p20"]) for m, r in zip(middle, group, strict=True)],
+                  [float(r["p80"]) - m for m, r in zip(middle, group, strict=True)]]  # fmt: skip
         names = [f"{row['provider']}/{row['impl']}" for row in group]
         colors = ["#2a6f97" if name.startswith("pact_fast") else "#b0b0b0" for name in names]
         axis.barh(names, middle, xerr=spread, color=colors)

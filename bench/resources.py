@@ -1,12 +1,16 @@
 """Ahead-of-time resource report of every Triton kernel, without a GPU; fails on a register spill.
 
-    python bench/resources.py [--arch 80 90 100] [--all] [--filter TEXT] [--csv FILE]
+    pact-fast bench resources [--arch 80 90 100] [--all] [--filter TEXT] [--csv FILE]
+    python bench/resources.py ...    the same
 
-Compiles each case of kernel_cases.py for sm_80, sm_90 and sm_100, reads registers and stack from the cubin,
-spills from ptxas, and counts the tensor-core and bulk-copy instructions in the PTX. Each case is compiled in
-a process of its own, because a crash of the compiler would end this one. TRITON_INTERPRET must be unset: it
-replaces the compiler.
+Compiles each case of kernel_cases.py, tree_kernel_cases.py and decode_cases.py for sm_80, sm_90 and sm_100,
+reads registers and stack from the cubin, spills from ptxas, and counts the tensor-core and bulk-copy
+instructions in the PTX. Each case is compiled in a process of its own, because a crash of the compiler would
+end this one.
+TRITON_INTERPRET is unset first: it replaces the compiler.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -17,19 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
-os.environ.setdefault(
-    "TRITON_DEFAULT_FP_FUSION", "1"
-)  # multiply-add, as every release up to 3.9 does unasked
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-
-import triton  # noqa: E402
-from kernel_cases import Case, all_cases, default_cases  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+if __name__ == "__main__":  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if TYPE_CHECKING:
+    from bench.kernel_cases import Case
 
 COLUMNS = (
     "kernel",
@@ -46,7 +45,39 @@ COLUMNS = (
 TIME_LIMIT = 300  # seconds a case; the slowest takes about 10 s of an idle core
 
 
+def default_cases() -> list[Case]:
+    """Every kernel as Qwen3 runs it, in bf16."""
+    from bench.decode_cases import decode_cases
+    from bench.kernel_cases import QWEN_VOCAB, gradient_cases, row_cases
+    from bench.tree_kernel_cases import tree_cases
+
+    tree = [*tree_cases("bf16", 128), *tree_cases("bf16", 64)]
+    # Of the windowed kernels the one whose tile has the least room: it spilled with a larger one.
+    tree += [c for c in tree_cases("bf16", 128, window=True) if c.arch == 90 and " dkv " in c.name]
+    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16"), *tree, *decode_cases()]
+
+
+def all_cases() -> list[Case]:
+    """Other dtypes, vocabularies and head dimensions, too."""
+    from bench.decode_cases import more_decode_cases
+    from bench.kernel_cases import QWEN_VOCAB, gradient_cases, row_cases
+    from bench.tree_kernel_cases import tree_cases
+
+    more = [
+        case for dtype in ("fp16", "fp32") for case in (*row_cases(dtype, QWEN_VOCAB), *gradient_cases(dtype))
+    ]
+    small = [case for dtype in ("bf16", "fp32") for case in row_cases(dtype, 512)]
+    tree = [*tree_cases("fp16", 128), *tree_cases("bf16", 96), *tree_cases("bf16", 256)]
+    tree += tree_cases("bf16", 128, window=True)
+    return default_cases() + more + small + list(row_cases("bf16", 50_257)) + tree + more_decode_cases()
+
+
 def compile_case(case: Case, arch: int) -> dict[str, object]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
@@ -111,15 +142,22 @@ def measure(case: Case, arch: int) -> dict[str, object]:
     return answer
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="pact-fast bench resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--all", action="store_true", help="other dtypes and vocabularies too")
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+    # multiply-add, as every release up to 3.9 does unasked
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    import triton
+
     cases = [case for case in (all_cases() if args.all else default_cases()) if args.filter in case.name]
     if not cases:
         parser.error(f"no case contains {args.filter!r}")
@@ -153,4 +191,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

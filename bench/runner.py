@@ -1,57 +1,18 @@
-"""Measures one op: correctness gate first, then time, providers interleaved, then memory apart from it."""
+"""Measures: correctness gate first, then time, providers interleaved, then memory apart from it."""
 
-import datetime
-import functools
 import gc
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from registry import Op, Run, Shape, Unavailable
 
-COLUMNS = (
-    "op", "provider", "impl", "mode", "shape", "dtype", "metric", "unit", "p20", "p50", "p80",
-    "gpu", "driver", "torch", "triton", "date", "commit",
-)  # fmt: skip
+from bench.registry import Op, Run, Shape, Unavailable
+from bench.rows import Rows
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
 FLUSH_BYTES = 256 << 20  # more than any L2
-
-
-@functools.cache
-def machine() -> dict[str, str]:
-    """The columns that say where a row comes from."""
-
-    def ask(*command: str) -> str:
-        try:
-            return (
-                subprocess.run(command, capture_output=True, text=True, check=True)
-                .stdout.strip()
-                .split("\n")[0]
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    root = str(Path(__file__).resolve().parent.parent)
-    dirty = "+" if ask("git", "-C", root, "status", "--porcelain", "-uno") else ""
-    return {
-        "gpu": gpu,
-        "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if gpu != "cpu"
-        else "",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "date": datetime.date.today().isoformat(),
-        "commit": ask("git", "-C", root, "rev-parse", "--short", "HEAD") + dirty,
-    }
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -59,17 +20,29 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def gate(op: Op, name: str, mode: str, dtype: torch.dtype, device: str) -> None:
-    """RuntimeError unless each output is within four times plain torch's error of the fp64 one, plus 0.2%."""
+    """RuntimeError unless each output is within four times plain torch's error of the fp64 one, plus 0.2%
+    (0.01% in fp32)."""
     if name.startswith("gemms/"):
         return
     inputs = op.make_inputs(op.gate_shape, dtype, device)
     exact = op.exact(inputs, mode)
-    plain = op.providers["torch/logits"](inputs, mode)()
-    got = op.providers[name](inputs, mode)()
+    got, plain = (outputs(op, inputs, op.providers[n](inputs, mode)) for n in (name, op.plain))
+    slack = 2e-3 if dtype.itemsize < 4 else 1e-4
     for key, value in exact.items():
-        error, allowed = relative_error(got[key], value), 4 * relative_error(plain[key], value) + 2e-3
+        error, allowed = relative_error(got[key], value), 4 * relative_error(plain[key], value) + slack
         if not error <= allowed:
             raise RuntimeError(f"gate: {key} is off by {error:.1e}, allowed {allowed:.1e}")
+
+
+def outputs(op: Op, inputs: object, run: Run) -> dict[str, torch.Tensor]:
+    return op.collect(inputs, run, run())
+
+
+def reason(error: Exception) -> str:
+    """An exception as a line: why a provider is left out."""
+    if isinstance(error, ImportError | Unavailable | NotImplementedError):
+        return f"not here: {error}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def prepare(op: Op, shape: Shape, mode: str, dtype: torch.dtype, device: str, wanted: Callable[[str], bool]):
@@ -85,40 +58,45 @@ def prepare(op: Op, shape: Shape, mode: str, dtype: torch.dtype, device: str, wa
             run = maker(inputs, mode)
             run()  # compiles, and shows at the real size what cannot run
             runs[name] = run
-        except (ImportError, Unavailable, NotImplementedError) as error:
-            left_out[name] = f"not here: {error}"
-        except Exception as error:  # a peer's failure is a row of the report, not the end of the run
-            left_out[name] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-            )
+        except Exception as error:  # a peer's failure is a line of the report, not the end of the run
+            left_out[name] = reason(error)
         free()
     return inputs, runs, left_out
 
 
 def free() -> None:
     gc.collect()
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.empty_cache()
 
 
 def timings(
     runs: dict[str, Run], device: str, seconds: float, least: int = 5
-) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds per kind of time and run; on a CPU also the processor's time, which load hardly touches.
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """Milliseconds per kind of time and run; and the runs that threw, with the reason.
 
-    All runs in turn, round after round, so that drift of clocks, temperature and load meets all alike.
+    On a CPU also the processor's time, which load hardly touches. All runs in turn, round after round, so
+    that drift of clocks, temperature and load meets all alike. A run that throws leaves, and the rest go on.
     """
-    kinds = ("time",) if device != "cpu" else ("time", "processor time")
+    kinds = ("time",) if device == "cuda" else ("time", "processor time")
     samples: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in runs} for kind in kinds}
-    scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device != "cpu" else None
+    failed: dict[str, str] = {}
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device == "cuda" else None
     start, rounds = time.perf_counter(), 0
     while rounds < least or (time.perf_counter() - start < seconds and rounds < 50):
         for name, run in runs.items():
-            measured = cpu_timed(run) if scratch is None else (gpu_timed(run, scratch),)
+            if name in failed:
+                continue
+            try:
+                measured = cpu_timed(run) if scratch is None else (gpu_timed(run, scratch),)
+            except Exception as error:
+                failed[name] = reason(error)
+                free()
+                continue
             for kind, ms in zip(kinds, measured, strict=True):
                 samples[kind][name].append(ms)
         rounds += 1
-    return samples
+    return {k: {n: v for n, v in of.items() if n not in failed} for k, of in samples.items()}, failed
 
 
 def cpu_timed(run: Run) -> tuple[float, float]:
@@ -152,6 +130,7 @@ def memory(run: Run) -> dict[str, float]:
 
 
 def measure(
+    out: Rows,
     op: Op,
     shape: Shape,
     mode: str,
@@ -159,32 +138,37 @@ def measure(
     device: str,
     *,
     seconds: float = 2.0,
+    least: int = 5,
     wanted: Callable[[str], bool] = lambda name: True,
-) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """CSV rows of one op, shape and mode, and the providers that were left out, with the reason."""
+) -> None:
+    """Adds the rows of one op, shape and mode; names the providers that are left out, with the reason."""
     inputs, runs, left_out = prepare(op, shape, mode, dtype, device, wanted)
-    where = machine()
-    rows: list[dict[str, object]] = []
+    samples_of, failed = timings(runs, device, seconds, least)
 
     def add(name: str, metric: str, unit: str, values: list[float]) -> None:
-        marks = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-        owner, impl = name.split("/", 1)
-        row = {"op": op.name, "provider": owner, "impl": impl, "mode": mode, "shape": str(shape)}
-        row |= {"dtype": str(dtype).removeprefix("torch."), "metric": metric, "unit": unit}
-        row |= {"p20": f"{marks[0]:.4g}", "p50": f"{statistics.median(values):.4g}", "p80": f"{marks[3]:.4g}"}
-        rows.append(row | where)
+        out.add(op.name, name, mode, shape, dtype, metric, unit, values)
 
-    floor = next((name for name in runs if name.startswith("gemms/")), None)
-    for what, samples in timings(runs, device, seconds).items():
+    floor = next((name for name in runs if name.startswith("gemms/") and name not in failed), None)
+    for what, samples in samples_of.items():
         for name, values in samples.items():
             add(name, what, "ms", values)
             if floor and name != floor:  # of neighbours in time
                 ratios = [a / b for a, b in zip(values, samples[floor], strict=True)]
                 add(name, f"{what} over the bare GEMMs", "x", ratios)
-    if device != "cpu":
+    if op.flops is not None:
+        done = op.flops(inputs, mode)
+        for name, values in list(samples_of.values())[-1].items():  # on a CPU of the processor's time
+            add(name, "effective", "TFLOP/s", [done / ms / 1e9 for ms in values])
+    if device == "cuda":
         for name, run in runs.items():
-            for metric, value in memory(run).items():
-                add(name, metric, "GiB", [value])
+            if name in failed:
+                continue
+            try:
+                for metric, value in memory(run).items():
+                    add(name, metric, "GiB", [value])
+            except Exception as error:
+                failed[name] = reason(error)
+    for name, why in (left_out | failed).items():
+        out.leave_out(f"{op.name} {mode}", name, why)
     del inputs, runs
     free()
-    return rows, left_out

@@ -1,16 +1,15 @@
 """The CPU subset through pytest-benchmark: `pytest bench/ --benchmark-only`. A case passes the gate first."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bench.head
+import bench.tree_attention  # noqa: F401  both register their ops
+from bench.registry import OPS, Unavailable
+from bench.runner import gate
 
-import head  # noqa: F401  registers the LM-head ops
-from registry import OPS, Unavailable
-from runner import gate
+NEEDS_GPU = ("cut-cross-entropy/", "quack/", "flex/", "flash/")
+PACKAGES = {"trl": "trl", "liger": "liger_kernel", "prefix_grouper": "prefix_grouper"}
 
 CASES = [
     pytest.param(op, shape, mode, name, id=f"{op.name}-{mode}-{shape}-{name}".replace(" ", ","))
@@ -18,13 +17,13 @@ CASES = [
     for shape in op.cpu_shapes[:1]
     for mode in op.modes
     for name in op.providers
-    if not name.startswith(("cut-cross-entropy", "quack")) and not name.endswith(("/triton", "/cuda"))
+    if not name.startswith(NEEDS_GPU) and not name.endswith(("/triton", "/cuda"))
 ]
 
 
 @pytest.mark.parametrize(("op", "shape", "mode", "name"), CASES)
 def test_benchmark(benchmark, op, shape, mode, name):
-    pytest.importorskip({"trl": "trl", "liger": "liger_kernel"}.get(name.split("/")[0], "torch"))
+    pytest.importorskip(PACKAGES.get(name.split("/")[0], "torch"))
     torch.set_num_threads(1)
     try:
         gate(op, name, mode, torch.float32, "cpu")

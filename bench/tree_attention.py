@@ -1,36 +1,154 @@
 """Tree attention beside FlexAttention, flash-attn, a one-level prefix grouper and SDPA one by one.
 
-In effective TFLOP/s: floating-point operations of the visible pairs of the tree only, whatever a provider
-computes beside them.
+Modes: forward, backward, forward+backward. In effective TFLOP/s, too: floating-point operations of the
+visible pairs of the tree only, whatever a provider computes beside them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from runner import timings
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
-from tree_common import DEVICE, DTYPE, GPU, SWEEP, Geometry, Rows, free
 
+from bench.geometry import CPU_SWEEP, GPU_SWEEP, Geometry
+from bench.registry import Op, Run, Shape, Unavailable, provider, register
 from pact_fast import TreePack, pack_tree
 from pact_fast.ops import tree_attention, tree_plan
 
+FORWARD, BACKWARD, TRAIN = "forward", "backward", "forward+backward"
+WORK = {FORWARD: 1.0, BACKWARD: 2.5, TRAIN: 3.5}  # of two GEMMs per visible pair: a backward has five
+
+
+def shapes(sweep: tuple[Geometry, ...], models: dict[str, dict[str, int]]) -> tuple[Shape, ...]:
+    """Every model at the main lengths, then at the others."""
+    return tuple(
+        Shape({"x": g.x, "h": g.h, "y": g.y, "G": g.group, **heads}, why=model)
+        for g in sweep
+        for model, heads in models.items()
+    )
+
+
+GPU_SHAPES = shapes(
+    GPU_SWEEP,
+    {"Qwen3-1.7B": {"Hq": 16, "Hkv": 8, "D": 128}, "Qwen3-4B": {"Hq": 32, "Hkv": 8, "D": 128}},
+)
+CPU_SHAPES = shapes(CPU_SWEEP, {"tiny": {"Hq": 4, "Hkv": 2, "D": 32}})
+
 
 @dataclass(frozen=True)
-class Provider:
-    """`run` returns outputs; output n holds the packed tokens rows[n] (a token may be in several)."""
+class Inputs:
+    """q [T, Hq, D], k, v [T, Hkv, D] of a tree of two contexts, and the gradient of the output [T, Hq, D]."""
 
-    run: Callable[[], list[Tensor]]
-    rows: list[Tensor]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pack: TreePack
+    groups: list[range]  # sequences that share a prefix: x+h and x+y share x; the others c(x, h)
+    d_out: Tensor
 
 
-def sdpa_one_by_one(q, k, v, pack: TreePack) -> Provider:
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    size = shape.sizes
+    geometry = Geometry(size["x"], size["h"], size["y"], size["G"])
+    pack = pack_tree(geometry.sequences("both", 1000)[0]).to(device)
+    g = torch.Generator(device=device).manual_seed(0)
+
+    def draw(heads: str) -> Tensor:
+        return torch.randn(pack.num_tokens, size[heads], size["D"], generator=g, device=device).to(dtype)
+
+    q, k, v = (draw(heads).requires_grad_() for heads in ("Hq", "Hkv", "Hkv"))
+    group = size["G"]
+    return Inputs(q, k, v, pack, [range(group + 1), range(group + 1, 2 * group + 1)], draw("Hq"))
+
+
+def exact(i: Inputs, mode: str) -> dict[str, Tensor]:
+    """The shipped reference in fp64."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (i.q, i.k, i.v))
+    out = tree_attention(q, k, v, i.pack.subtree_end, impl="torch")
+    gradients = torch.autograd.grad(out, (q, k, v), i.d_out.double())
+    return {
+        **({"out": out.detach()} if mode != BACKWARD else {}),
+        **(dict(zip(("dq", "dk", "dv"), gradients, strict=True)) if mode != FORWARD else {}),
+    }
+
+
+class Attend:
+    """One run of a provider. Of the outputs of `attend`, number n holds the packed tokens rows[n]; a token
+    may be in several, and then its gradient is divided among them."""
+
+    def __init__(self, i: Inputs, mode: str, attend: Callable[[], list[Tensor]], rows: list[Tensor]) -> None:
+        self.mode, self.attend, self.rows, self.leaves = mode, attend, rows, (i.q, i.k, i.v)
+        count = torch.bincount(torch.cat(rows), minlength=i.pack.num_tokens)[:, None, None]
+        self.upstream = [(i.d_out / count).to(i.q.dtype)[index] for index in rows]
+        self.kept = attend() if mode == BACKWARD else []  # whose backward alone is timed
+
+    def __call__(self) -> dict[str, Tensor]:
+        if self.mode == FORWARD:
+            with torch.no_grad():
+                return {str(n): out for n, out in enumerate(self.attend())}
+        outputs = self.kept or self.attend()
+        gradients = torch.autograd.grad(
+            outputs, self.leaves, self.upstream, retain_graph=self.mode == BACKWARD
+        )
+        out = {} if self.mode == BACKWARD else {str(n): out.detach() for n, out in enumerate(outputs)}
+        return out | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+
+def collect(i: Inputs, run: Run, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs by packed token, as `exact` has them."""
+    assert isinstance(run, Attend)
+    found = {name: value for name, value in outputs.items() if name.startswith("d")}
+    if run.mode != BACKWARD:
+        pieces = torch.cat([outputs[str(n)] for n in range(len(run.rows))])
+        found["out"] = torch.empty_like(i.q).index_copy_(0, torch.cat(run.rows), pieces).detach()
+    return found
+
+
+def flops(i: Inputs, mode: str) -> float:
+    pairs = int((i.pack.position_ids + 1).sum())
+    return WORK[mode] * 4 * pairs * i.q.shape[1] * i.q.shape[2]
+
+
+op = register(
+    Op(
+        "tree_attention",
+        (FORWARD, BACKWARD, TRAIN),
+        make_inputs,
+        exact,
+        GPU_SHAPES,
+        CPU_SHAPES,
+        Shape({"x": 200, "h": 120, "y": 90, "G": 3, "Hq": 4, "Hkv": 2, "D": 128}),
+        plain="torch/sdpa_one_by_one",
+        collect=collect,
+        flops=flops,
+    )
+)
+
+
+def ours(impl: str):
+    def make(i: Inputs, mode: str) -> Run:
+        if (impl == "torch") == i.q.is_cuda:
+            raise Unavailable("the CPU's path" if impl == "torch" else "its kernels need a GPU")
+        plan = tree_plan(i.pack.subtree_end, impl=impl)
+        everything = torch.arange(i.pack.num_tokens, device=i.q.device)
+        attend = lambda: [tree_attention(i.q, i.k, i.v, i.pack.subtree_end, plan=plan)]  # noqa: E731
+        return Attend(i, mode, attend, [everything])
+
+    return make
+
+
+for name in ("pact_fast/triton", "pact_fast/torch", "flex/flex", "flash/flash"):
+    provider(op, name)(ours(name.split("/")[1]))
+
+
+@provider(op, "torch/sdpa_one_by_one")
+def sdpa_one_by_one(i: Inputs, mode: str) -> Run:
     """What tree packing replaces: every sequence alone, its prefix again each time."""
-    rows = list(pack.token_index)
-    return Provider(lambda: [causal(*(x[index] for x in (q, k, v))) for index in rows], rows)
+    rows = list(i.pack.token_index)
+    return Attend(i, mode, lambda: [causal(i.q[index], i.k[index], i.v[index]) for index in rows], rows)
 
 
 def split_group(pack: TreePack, group: range) -> list[Tensor]:
@@ -42,29 +160,31 @@ def split_group(pack: TreePack, group: range) -> list[Tensor]:
     return [paths[0][:length], *(path[length:] for path in paths)]
 
 
-def prefix_sdpa(q, k, v, pack: TreePack, groups: list[range]) -> Provider:
+@provider(op, "torch/sdpa_prefix_once")
+def prefix_sdpa(i: Inputs, mode: str) -> Run:
     """One level of sharing: in each group the common prefix attends to itself once, each suffix to prefix and
     suffix. A prefix that several groups share is computed for each."""
     rows, keys = [], []
-    for prefix, *suffixes in (split_group(pack, group) for group in groups):
+    for prefix, *suffixes in (split_group(i.pack, group) for group in i.groups):
         rows += [prefix, *suffixes]
         keys += [prefix, *(torch.cat((prefix, suffix)) for suffix in suffixes)]
 
     def run():
-        return [causal(q[own], k[seen], v[seen]) for own, seen in zip(rows, keys, strict=True)]
+        return [causal(i.q[own], i.k[seen], i.v[seen]) for own, seen in zip(rows, keys, strict=True)]
 
-    return Provider(run, rows)
+    return Attend(i, mode, run, rows)
 
 
-def prefix_grouper(q, k, v, pack: TreePack, groups: list[range]) -> Provider:
+@provider(op, "prefix_grouper/package")
+def prefix_grouper(i: Inputs, mode: str) -> Run:
     """The same scheme by the package prefix-grouper: groups are rows of a batch, suffixes are padded."""
     from prefix_grouper import PrefixGrouper
 
-    split = [split_group(pack, group) for group in groups]
+    split = [split_group(i.pack, group) for group in i.groups]
     rows = [torch.cat(pieces) for pieces in split]
     index = pad_sequence(rows, batch_first=True)
-    grouper = PrefixGrouper([[piece.numel() for piece in pieces] for pieces in split], q.device, "right")
-    group = q.shape[1] // k.shape[1]
+    grouper = PrefixGrouper([[piece.numel() for piece in pieces] for pieces in split], i.q.device, "right")
+    group = i.q.shape[1] // i.k.shape[1]
 
     def attend(q, k, v, padding):  # padding [B, keys]: True at tokens; queries are the last of the keys
         below = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
@@ -72,11 +192,11 @@ def prefix_grouper(q, k, v, pack: TreePack, groups: list[range]) -> Provider:
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
     def run():
-        wide = (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+        wide = (i.q, i.k.repeat_interleave(group, 1), i.v.repeat_interleave(group, 1))
         out = grouper.forward(attend, *(x[index].transpose(1, 2) for x in wide))
         return [o[: r.numel()] for o, r in zip(out, rows, strict=True)]
 
-    return Provider(run, rows)
+    return Attend(i, mode, run, rows)
 
 
 def causal(q, k, v) -> Tensor:
@@ -90,122 +210,3 @@ def causal(q, k, v) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(*heads, attn_mask=causal_lower_right(q.shape[0], k.shape[0]))
     return out[0].transpose(0, 1)
-
-
-def attention_providers(q, k, v, pack: TreePack):
-    """Name -> Provider of a pack of `Geometry.sequences("both")`; and why the absent ones are left out."""
-    makers: dict[str, Callable[[], Provider]] = {}
-    providers, left_out = {}, {}
-    everything = torch.arange(pack.num_tokens, device=q.device)
-    for impl in ("triton", "flex", "flash") if GPU else ("torch",):
-        try:
-            plan = tree_plan(pack.subtree_end, impl=impl)
-            name = f"{'pact_fast' if impl in ('triton', 'torch') else impl}/{impl}"
-            run = lambda plan=plan: [tree_attention(q, k, v, pack.subtree_end, plan=plan)]  # noqa: E731
-            makers[name] = lambda run=run: Provider(run, [everything])
-        except Exception as error:
-            if impl == "triton":
-                raise
-            left_out[impl] = reason(error)
-    group = (len(pack.token_index) - 1) // 2  # x+h and x+y share x; the others c(x, h)
-    contexts = [range(group + 1), range(group + 1, 2 * group + 1)]
-    makers["prefix_grouper/package"] = lambda: prefix_grouper(q, k, v, pack, contexts)
-    makers["torch/sdpa_prefix_once"] = lambda: prefix_sdpa(q, k, v, pack, contexts)
-    makers["torch/sdpa_one_by_one"] = lambda: sdpa_one_by_one(q, k, v, pack)
-    for name, make in makers.items():
-        try:
-            provider = make()
-            provider.run()  # compiles, and shows at the real size what cannot run
-            providers[name] = provider
-        except Exception as error:  # a peer's failure is a line of the report, not the end of the run
-            if name.startswith("pact_fast"):
-                raise
-            left_out[name] = reason(error)
-    return providers, left_out
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-
-
-def check_attention(head_dim: int, heads: tuple[int, int]) -> dict[str, str]:
-    """Peers that differ from the fp32 reference on a small tree, or in a gradient; RuntimeError for ours."""
-    wrong = {}
-    sequences, _ = Geometry(200, 120, 90, 3).sequences("both", 1000)
-    pack = pack_tree(sequences).to(DEVICE)
-    q, k, v = attention_inputs(pack.num_tokens, heads, head_dim)
-    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    reference = tree_attention(*exact, pack.subtree_end, impl="torch")
-    d_out = torch.randn_like(reference)
-    want = [reference, *torch.autograd.grad(reference, exact, d_out)]
-    for name, provider in attention_providers(q, k, v, pack)[0].items():
-        out, rows = provider.run(), torch.cat(provider.rows)
-        # A token that several outputs hold takes part once for each: weigh it by how many do.
-        count = torch.bincount(rows, minlength=pack.num_tokens)[:, None, None]
-        upstream = [(d_out / count)[index].to(DTYPE) for index in provider.rows]
-        grads = torch.autograd.grad(out, (q, k, v), upstream)
-        full = torch.empty_like(reference).index_copy_(0, rows, torch.cat(out).detach().float())
-        for what, got, exact_value in zip(("out", "dq", "dk", "dv"), [full, *grads], want, strict=True):
-            error = ((got.float() - exact_value).norm() / exact_value.norm()).item()
-            if not error < (2e-2 if GPU else 1e-4):
-                wrong[name] = f"gate: {what} is off by {error:.1e}"
-                if name.startswith("pact_fast"):
-                    raise RuntimeError(f"{name}: {wrong[name]}")
-    return wrong
-
-
-def attention_inputs(tokens: int, heads: tuple[int, int], head_dim: int):
-    torch.manual_seed(0)
-    shapes = [(tokens, n, head_dim) for n in (heads[0], heads[1], heads[1])]
-    return [torch.randn(s, device=DEVICE).to(DTYPE).requires_grad_() for s in shapes]
-
-
-def bench_attention(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
-    rows = Rows()
-    models = {"Qwen3-1.7B": (16, 8), "Qwen3-4B": (32, 8)} if GPU else {"tiny": (4, 2)}
-    head_dim, what = (128, "time") if GPU else (32, "processor time")
-    for model, heads in models.items():
-        wrong = check_attention(head_dim, heads)
-        for geometry in SWEEP:
-            pack = pack_tree(geometry.sequences("both", 1000)[0]).to(DEVICE)
-            q, k, v = attention_inputs(pack.num_tokens, heads, head_dim)
-            providers, left_out = attention_providers(q, k, v, pack)
-            left_out |= {name: why for name, why in wrong.items() if providers.pop(name, None)}
-            flops = 4 * int((pack.position_ids + 1).sum()) * heads[0] * head_dim
-            shape = f"{model} {geometry} T={pack.num_tokens}"
-            for mode, factor in (("forward", 1.0), ("backward", 2.5), ("forward+backward", 3.5)):
-                runs = attention_runs(providers, (q, k, v), mode)
-                for name, samples in timings(runs, DEVICE, seconds, least)[what].items():
-                    rows.add("tree_attention", name, mode, shape, what, "ms", samples)
-                    rates = [factor * flops / ms / 1e9 for ms in samples]
-                    rows.add("tree_attention", name, mode, shape, "effective", "TFLOP/s", rates)
-            for name, why in left_out.items():
-                print(f"tree_attention: {name} left out: {why}")
-            yield rows.take()
-            del q, k, v, providers
-            free()
-
-
-def attention_runs(providers, inputs, mode: str):
-    def forward(run):
-        with torch.no_grad():
-            return {"out": run()[0]}
-
-    def both(run):
-        out = run()
-        return dict(enumerate(torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])))
-
-    def backward(out, upstream):
-        return dict(enumerate(torch.autograd.grad(out, inputs, upstream, retain_graph=True)))
-
-    runs = {}
-    for name, provider in providers.items():
-        run = provider.run
-        if mode == "backward":
-            out = run()
-            upstream = [torch.ones_like(o) for o in out]
-            runs[name] = lambda out=out, upstream=upstream: backward(out, upstream)
-        else:
-            step = forward if mode == "forward" else both
-            runs[name] = lambda run=run, step=step: step(run)
-    return runs

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-from kernel_cases import Case
 
+from bench.kernel_cases import Case
 from pact_fast.kernels.tree_attention import triton as kernels
 from pact_fast.kernels.tree_attention.tiles import Tile, choose_tiles
 

@@ -1,12 +1,14 @@
 """A model on token trees: training step and scoring pass, beside the usual packed form and one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
-from runner import memory, timings
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from tree_common import CONTEXTS, DEVICE, DTYPE, GPU, SWEEP, Geometry, Rows, free
 
+from bench.geometry import CONTEXTS, SWEEP, Geometry
+from bench.registry import Run
+from bench.rows import Rows
+from bench.runner import DEVICE, DTYPE, GPU, free, memory, reason, timings
 from pact_fast import (
     Policy,
     TreePack,
@@ -16,9 +18,7 @@ from pact_fast import (
     pack_linear,
     pack_tree,
 )
-from pact_fast.train.build import keep_freed_memory
-
-H100_BF16_FLOPS = 989e12  # dense, from the data sheet
+from pact_fast.tree.families import attention_pairs, model_flops
 
 
 def make_model() -> Qwen3ForCausalLM:
@@ -133,65 +133,94 @@ def scoring_passes(policy: Policy, geometry: Geometry, vocab: int):
     return {"pact_fast/tree": tree, "pact_fast/packed": packed, "transformers/sdpa_one_by_one": plain}
 
 
-def check_equal(runs) -> None:
-    """RuntimeError unless all variants give the same outputs."""
-    names = list(runs)
-    want = {key: value.float().clone() for key, value in runs[names[-1]]().items()}
-    for name in names[:-1]:
-        for key, value in runs[name]().items():
-            error = ((value.float() - want[key]).norm() / want[key].norm()).item()
+def check_equal(runs: dict[str, Run]) -> dict[str, str]:
+    """Variants that throw, or whose outputs are not those of the last that runs: name -> reason."""
+    wrong: dict[str, str] = {}
+    want: dict[str, torch.Tensor] = {}
+    for name, run in reversed(runs.items()):
+        try:
+            got = {key: value.float() for key, value in run().items()}
+        except Exception as error:
+            wrong[name] = reason(error)
+            free()
+            continue
+        want = want or {key: value.clone() for key, value in got.items()}
+        for key, value in got.items():
+            error = ((value - want[key]).norm() / want[key].norm()).item()
             # bf16 noise of 28 layers on a gradient; a wrong mask is off by its own size
             if not error < ((0.15 if key == "grad" else 2e-2) if GPU else 1e-4):
-                raise RuntimeError(f"{name}: {key} differs from {names[-1]} by {error:.1e}")
+                wrong[name] = f"gate: {key} is off by {error:.1e}"
+    return wrong
 
 
-def model_flops(model, pack: TreePack, rows: int, passes: int) -> float:
-    """Useful operations of a pack: matrix weights, visible pairs, the head's rows; a backward counts 2."""
-    c = model.config
-    weights = sum(p.numel() for n, p in model.model.named_parameters() if p.dim() == 2 and "embed" not in n)
-    pairs = int((pack.position_ids + 1).sum())
-    attention = 4 * pairs * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    return passes * (2 * weights * pack.num_tokens + attention + 2 * rows * c.hidden_size * c.vocab_size)
+def tree_flops(policy: Policy, pack: TreePack, rows: int, *, backward: bool) -> float:
+    """Useful operations of a pack, whichever way it is computed."""
+    pairs = attention_pairs(policy.family, pack.position_ids)
+    return model_flops(policy.family, pack.num_tokens, pairs, rows, backward=backward)
 
 
-def bench_model(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
-    rows = Rows()
-    if not GPU:
-        keep_freed_memory()  # of all variants alike, as the trainer does
+def peak_of_device() -> float | None:
+    """FLOP/s of the data sheet; None for a device that the trainer does not know, or without its packages."""
+    try:
+        from pact_fast.train.step_metrics import peak_flops
+    except ImportError as error:
+        print(f"  left out: the share of the device's FLOP/s: {reason(error)}")
+        return None
+    return peak_flops(torch.device(DEVICE), None)
+
+
+def bench_model(
+    out: Rows,
+    seconds: float,
+    least: int = 5,
+    sweep: Sequence[Geometry] = SWEEP,
+    contexts: Sequence[str] = CONTEXTS,
+) -> None:
     model = make_model()
     policy = Policy(model, gradient_checkpointing=GPU)  # a long one-by-one pass does not fit without it
     vocab = model.config.vocab_size
-    for geometry in SWEEP:
-        for contexts in CONTEXTS:
-            sequences, starts = geometry.sequences(contexts, vocab)
+    for geometry in sweep:
+        for chosen in contexts:
+            sequences, starts = geometry.sequences(chosen, vocab)
             runs, tree, packed_tokens = train_steps(policy, sequences, starts)
-            shape = f"{geometry} {contexts} tree={tree.num_tokens} packed={packed_tokens}"
-            flops = model_flops(model, tree, rows_of(tree, starts).numel(), 3)
-            measure_model(rows, "train_step", shape, runs, seconds, flops, least)
-            yield rows.take()
+            shape = f"{geometry} {chosen} tree={tree.num_tokens} packed={packed_tokens}"
+            flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=True)
+            measure_model(out, "train_step", shape, runs, seconds, flops, least)
             free()
         runs = scoring_passes(policy, geometry, vocab)
         sequences, starts = geometry.sequences("score", vocab)
         tree = pack_tree(sequences).to(DEVICE)
-        flops = model_flops(model, tree, rows_of(tree, starts).numel(), 1)
+        flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=False)
         shape = f"{geometry} tree={tree.num_tokens}"
-        measure_model(rows, "score_both_contexts", shape, runs, seconds, flops, least)
-        yield rows.take()
+        measure_model(out, "score_both_contexts", shape, runs, seconds, flops, least)
         model.zero_grad(set_to_none=True)
         free()
 
 
-def measure_model(rows: Rows, op: str, shape: str, runs, seconds: float, flops: float, least: int) -> None:
-    check_equal(runs)
-    kinds = timings(runs, DEVICE, seconds, least)
+def measure_model(
+    out: Rows, op: str, shape: str, runs: dict[str, Run], seconds: float, flops: float, least: int
+) -> None:
+    left_out = check_equal(runs)
+    runs = {name: run for name, run in runs.items() if name not in left_out}
+    kinds, failed = timings(runs, DEVICE, seconds, least)
+
+    def add(name: str, metric: str, unit: str, values: list[float]) -> None:
+        out.add(op, name, "whole", shape, DTYPE, metric, unit, values)
+
     for what, samples in kinds.items():
-        ours = samples["pact_fast/tree"]
         for name, values in samples.items():
-            rows.add(op, name, "whole", shape, what, "ms", values)
-            ratios = [a / b for a, b in zip(values, ours, strict=True)]  # of neighbours in time
-            rows.add(op, name, "whole", shape, f"{what} over the tree's", "x", ratios)
-    if GPU:
-        for name, values in kinds["time"].items():
-            used = [flops / (ms / 1e3) / H100_BF16_FLOPS for ms in values]
-            rows.add(op, name, "whole", shape, "useful share of 989 TFLOP/s", "", used)
-            rows.add(op, name, "whole", shape, "peak_memory", "GiB", [memory(runs[name])["peak_memory"]])
+            add(name, what, "ms", values)
+            if ours := samples.get("pact_fast/tree"):  # ratios of neighbours in time
+                add(name, f"{what} over the tree's", "x", [a / b for a, b in zip(values, ours, strict=True)])
+    peak = peak_of_device() if GPU else None
+    for name, values in kinds["time"].items():
+        if peak is not None:
+            used = [flops / (ms / 1e3) / peak for ms in values]
+            add(name, f"useful share of {peak / 1e12:.0f} TFLOP/s", "", used)
+        if GPU:
+            try:
+                add(name, "peak_memory", "GiB", [memory(runs[name])["peak_memory"]])
+            except Exception as error:
+                failed[name] = reason(error)
+    for name, why in (left_out | failed).items():
+        out.leave_out(f"{op} {shape}", name, why)

@@ -5,36 +5,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from runner import timings
-from tree_common import Rows
+import torch
 
+from bench.rows import Rows
+from bench.runner import timings
 from pact_fast import pack_tree
 from pact_fast.kernels.tree_attention import native
-from pact_fast.train.build import keep_freed_memory
 
 
-def bench_packer(seconds: float, least: int = 5) -> Iterator[list[dict[str, object]]]:
+def bench_packer(out: Rows, seconds: float, least: int = 5) -> None:
     """2,048 sequences of 5,000 tokens, 32 behind each of 64 prompts of 3,500, on at most 2 cores.
 
     By the wall, and by the processor's time of all threads: what one core that does nothing else would do.
     """
-    rows = Rows()
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, 150_000, 3500) for _ in range(64)]
     sequences = [np.concatenate((x, draw.integers(0, 150_000, 1500))) for x in prompts for _ in range(32)]
     total = sum(map(len, sequences))
     impls = ("native", "numpy") if native.library() is not None else ("numpy",)
     runs = {f"pact_fast/{impl}": lambda impl=impl: pack_tree(sequences, impl=impl) for impl in impls}
-    keep_freed_memory()  # as a trainer on a CPU does: 150 MB a call are not faulted in again
     with at_most_cores(2):
         for run in runs.values():
             run()
-        kinds = timings(runs, "cpu", seconds, least)
+        kinds, failed = timings(runs, "cpu", seconds, least)
     for what, samples in kinds.items():
         for name, values in samples.items():
             rates = [total / ms / 1e3 for ms in values]
-            rows.add("pack_tree", name, "whole", "2048 x 5000", f"tokens over {what}", "Mtoken/s", rates)
-    yield rows.take()
+            metric = f"tokens over {what}"
+            out.add("pack_tree", name, "whole", "2048 x 5000", torch.int64, metric, "Mtoken/s", rates)
+    for name, why in failed.items():
+        out.leave_out("pack_tree", name, why)
 
 
 @contextmanager

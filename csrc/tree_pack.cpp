@@ -1,7 +1,7 @@
 // Token sequences -> their trie in depth-first pre-order, and the tile lists of its attention mask.
 //
-// Host code behind a plain C ABI, called through ctypes (kernels/tree_native.py). The NumPy forms in packing.py and
-// kernels/tree_layout.py are the reference; outputs are identical. A node is an unbranched run of tokens that
+// Host code behind a plain C ABI, called through ctypes (kernels/tree_attention/native.py). The NumPy forms in tree/packing.py and
+// kernels/tree_attention/layout.py are the reference; outputs are identical. A node is an unbranched run of tokens that
 // points into the sequence which first needed it, so nothing is copied until the pack is written.
 
 #include <algorithm>
@@ -213,7 +213,7 @@ void tree_pack_write(const void* handle, int threads, int64_t* ids, int64_t* pos
 
 void tree_pack_free(void* handle) { delete static_cast<Pack*>(handle); }
 
-// Tile lists (kernels/tree_layout.py, tile_list). With cols null: ptr [tiles + 1] and split [tiles]; returns the
+// Tile lists (kernels/tree_attention/layout.py, tile_list). With cols null: ptr [tiles + 1] and split [tiles]; returns the
 // entries that cols needs. With cols: writes them. `window` 0: none. Returns -1 if memory ran out.
 int64_t tree_tile_list(const int32_t* end, const int32_t* depth, int64_t size, int64_t block_m, int64_t block_n,
                        int64_t window, int threads, int32_t* ptr, int32_t* split, int32_t* cols) {

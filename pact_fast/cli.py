@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pact_fast.config import ConfigError
 from pact_fast.version import __version__
@@ -19,6 +23,7 @@ COMMANDS = {  # module pact_fast.commands.NAME with `main(argv) -> exit status`:
     "doctor": "what this machine has, and what each lack costs",
     "bench": "microbenchmarks of the ops beside their peers",
     "data": "check and show records of a data file",
+    "traces": "make expert traces with a teacher, cut their reasoning into segments",
 }
 
 
@@ -48,13 +53,40 @@ def usage() -> str:
     return "\n".join([*lines, "", "pact-fast COMMAND --help tells more."])
 
 
+class _Terminated(BaseException):
+    """SIGTERM, raised where the program is, so that everything that is open is closed in order."""
+
+
 def _guarded(run: Callable[[list[str]], int], words: list[str]) -> int:
-    """Errors of the user's making are one line and exit status 2; anything else keeps its traceback."""
+    """Errors of the user's making are one line and exit status 2; anything else keeps its traceback.
+
+    Ctrl-C and SIGTERM end a command with a line, too (130 and 143); `train` and `serve` have their own ways.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return run(words)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except BrokenPipeError:  # `pact-fast ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what was finished is saved, the same command goes on", file=sys.stderr)
+        return 130
+    except _Terminated:
+        print("stopped by SIGTERM; what was finished is saved, the same command goes on", file=sys.stderr)
+        return 143
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise _Terminated
 
 
 if __name__ == "__main__":

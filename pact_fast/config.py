@@ -1,15 +1,16 @@
 """Configuration: frozen dataclasses, one YAML file, `--section.field value` overrides. Names follow TRL
 where it has one.
 
-A preset (METHOD section 8) is a set of values for the `objective` section; what the file or the command line
-says wins. A `--preset` other than the file's own keeps the values that define it, whatever the file says.
+A preset (docs/method.md, "Presets") is a set of values for the `objective` section; what the file or the
+command line says wins. A `--preset` other than the file's own keeps the values that define it, whatever the
+file says.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,148 +18,152 @@ from typing import Any, Literal, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from pact_fast.keys import count, described, key, out_of_bounds
 from pact_fast.objective import ADVANTAGE_MODES, NORMALIZATIONS, PRESETS, ObjectiveConfig
+
+BUNDLED = Path(__file__).parent / "configs"  # a link to configs/, which the wheel holds as files
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy.
+    """The policy"""
 
-    path: a Hugging Face folder or hub name; "toolbox-base" is the small model that ships with the package.
-    chat_format: "auto" takes what the tokenizer's own template speaks.
-    compile: backend of torch.compile for the decoder layers in scoring and training ("inductor"); None: off.
-    """
-
-    path: str = "toolbox-base"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    chat_format: str = "auto"
-    attention: str = "auto"
-    gradient_checkpointing: bool = False
-    compile: str | None = None
+    path: str = key("toolbox-base", "Hugging Face folder, hub name, run folder, or toolbox-base (bundled)")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "of the weights; under torchrun, of master weights"
+    )
+    chat_format: str = key("auto", "auto (what the tokenizer's template speaks), hermes, compact or llama")
+    attention: str = key("auto", "tree attention: auto, or an implementation by name (see pact-fast doctor)")
+    gradient_checkpointing: bool = key(False, "compute each layer's activations again in the backward")
+    compile: str | None = key(None, "torch.compile backend of the decoder layers (inductor); none: off")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters on every linear layer but the head, through peft; the rest is frozen. rank 0: none."""
+    """Adapters, through peft; the rest is frozen"""
 
-    rank: int = 0
-    alpha: int = 32
+    rank: int = count(0, "rank of the adapters; 0 trains all weights", low=0)
+    alpha: int = count(32, "scale of the adapters: they add alpha / rank times their product")
+    targets: list[str] = key([], "names of the linear layers; empty: all but the head")
+    dropout: float = key(0.0, "share of an adapter's inputs that is dropped in training", low=0, below=1)
 
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """The environment and its own settings (checked by the environment)."""
+    """The environment"""
 
-    name: str = "toolbox"
-    settings: dict[str, Any] = field(default_factory=dict)
+    name: str = key(
+        "toolbox", "toolbox, python, ftrl, bfcl, bfcl_memory, toolhop, or module:Class of one's own"
+    )
+    settings: dict[str, Any] = key({}, "its own settings, checked by it: --env.settings.NAME VALUE")
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """per_sequence_seed: draw each rollout from a seed of its own, as several ranks and servers always do:
-    one process then samples what the same run samples on many.
+    """Rollouts, always prompt-only"""
 
-    engine: in this process, "hf" or "hf-batching" (transformers' continuous batching); "http" on `servers`,
-    addresses such as http://HOST:PORT. The rest is for servers:
-
-    weights_dir: shared folder that new weights go through; None: weights/ in the run folder. max_in_flight:
-    requests under way at once, of one rank. request_timeout: seconds for one answer; retry_timeout: seconds
-    that one request is tried for before the run stops. probe_tolerance: largest gap of a log-prob between
-    trainer and server right after new weights; None: 1e-3, in half precision 0.5. mix_weights: a rollout
-    under way may go on with new weights. overlap: sample a step's rollouts while the step before is trained,
-    with weights one step old, which objective.importance_ratio_cap corrects; the step after an evaluation or
-    a checkpoint is sampled with the present ones.
-    """
-
-    num_generations: int = 8
-    temperature: float = 1.0
-    max_turns: int = 10
-    max_completion_length: int = 512
-    max_turn_length: int = 128
-    max_prompt_length: int = 1024
-    batch_size: int = 256
-    per_sequence_seed: bool = False
-    engine: Literal["hf", "hf-batching", "http"] = "hf"
-    servers: list[str] = field(default_factory=list)
-    weights_dir: str | None = None
-    max_in_flight: int = 64
-    request_timeout: float = 120.0
-    retry_timeout: float = 600.0
-    probe_tolerance: float | None = None
-    mix_weights: bool = False
-    overlap: bool = False
+    num_generations: int = count(8, "rollouts per prompt and step (G)")
+    temperature: float = key(1.0, "of sampling; greedy rollouts have no spread", above=0)
+    max_turns: int = count(10, "assistant turns of a rollout")
+    max_completion_length: int = count(512, "tokens after the prompt, tool responses included")
+    max_turn_length: int = count(128, "tokens sampled in one turn")
+    max_prompt_length: int = count(
+        1024, "tokens of a prompt; with the trace in it where the trace is context"
+    )
+    batch_size: int = count(256, "rollouts sampled at once")
+    per_sequence_seed: bool = key(False, "draw each rollout from a seed of its own, as several ranks do")
+    engine: Literal["hf", "hf-batching", "http"] = key(
+        "hf", "what samples: this process, or servers over http"
+    )
+    servers: list[str] = key([], "of engine http: [http://HOST:PORT, ...]")
+    weights_dir: str | None = key(None, "shared folder that new weights go through; none: in the run folder")
+    max_in_flight: int = count(64, "requests under way at once, per rank (http)")
+    request_timeout: float = key(120.0, "seconds for one answer (http)", above=0)
+    retry_timeout: float = key(
+        600.0, "seconds that one request is tried for before the run stops (http)", above=0
+    )
+    probe_tolerance: float | None = key(
+        None, "largest log-prob gap of a server with new weights; none: 1e-3, in half precision 0.5", above=0
+    )
+    mix_weights: bool = key(False, "rollouts under way may go on with new weights (http)")
+    overlap: bool = key(False, "sample a step while the one before is trained, one update behind (http)")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. prompts_per_step times num_generations rollouts are drawn a step and used in
-    num_mini_batches updates, num_iterations times over. token_budget: packed tokens of one forward. packing:
-    "tree", or "none" for comparison. optim: states of AdamW in the weights' dtype, in bfloat16, or in 8 bits
-    (torchao)."""
+    """The loop"""
 
-    max_steps: int = 160
-    prompts_per_step: int = 8
-    num_mini_batches: int = 1
-    num_iterations: int = 1
-    learning_rate: float = 1e-3
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    token_budget: int = 16384
-    packing: Literal["tree", "none"] = "tree"
-    max_skipped_steps: int = 10
+    max_steps: int = count(160, "steps: prompts drawn, rolled out and trained on")
+    prompts_per_step: int = count(8, "prompts per step")
+    num_mini_batches: int = count(1, "updates that the prompts of a step are dealt to")
+    num_iterations: int = count(1, "times that a step's rollouts are gone through")
+    learning_rate: float = key(1e-6, "of AdamW; with adapters 1e-5 is usual", low=0, high=10)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = key("constant", "after the warm-up")
+    warmup_steps: int = count(0, "steps of linear warm-up", low=0)
+    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = key(
+        "adamw", "states of AdamW: in the weights' dtype, in bfloat16, or in 8 bits (torchao)"
+    )
+    weight_decay: float = key(0.01, "of matrices; norms and biases do not decay", low=0, high=1)
+    adam_beta1: float = key(0.9, "of AdamW", low=0, below=1)
+    adam_beta2: float = key(0.999, "of AdamW", low=0, below=1)
+    max_grad_norm: float = key(1.0, "norm that the gradient is clipped to", above=0)
+    token_budget: int = count(16384, "packed tokens of one forward")
+    packing: Literal["tree", "none"] = key(
+        "tree", "share prefixes, or lay every sequence out alone (to compare)"
+    )
+    max_skipped_steps: int = count(10, "updates in a row that may be non-finite before the run stops")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """every: steps between validation scores (0: none before the end). samples: rollouts a task at
-    temperature 1."""
+    """Scores, prompt-only"""
 
-    every: int = 40
-    validation_tasks: int = 64
-    test_tasks: int = 200
-    samples: int = 1
-    score_test: bool = True
-    score_base: bool = True
-    gauge_every: int = 20
+    every: int = count(40, "steps between validation scores; 0: none before the end", low=0)
+    validation_tasks: int = count(64, "tasks of a validation score")
+    test_tasks: int = count(200, "held-out tasks of the final score")
+    samples: int = count(1, "rollouts per task at temperature 1")
+    score_test: bool = key(True, "score the held-out split at the end")
+    score_base: bool = key(True, "score the model before training, too")
+    gauge_every: int = count(20, "steps between gauges of both contexts; 0: none", low=0)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints (0: only at SIGTERM). keep_last: how many of the newest
-    stay; the one with the best validation score stays besides. resume: go on from the newest, if any."""
+    """Checkpoints and the run folder"""
 
-    every: int = 50
-    keep_last: int = 2
-    asynchronous: bool = True
-    resume: bool = False
+    every: int = count(50, "steps between checkpoints; 0: only at the end and at a stop", low=0)
+    keep_last: int = count(2, "newest checkpoints that stay, beside the one with the best validation score")
+    asynchronous: bool = key(True, "write them while training goes on")
+    resume: bool = key(False, "go on from the newest (--resume)")
+    overwrite: bool = key(False, "delete another run in the folder instead of moving it aside (--overwrite)")
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Under torchrun. compute_dtype: of weights and activations in the forward (None: model.dtype); master
-    weights, gradient sums and optimizer keep model.dtype. cpu_offload: these three live in host memory."""
+    """Several GPUs, under torchrun"""
 
-    compute_dtype: Literal["bfloat16", "float32"] | None = None
-    cpu_offload: bool = False
+    compute_dtype: Literal["bfloat16", "float32"] | None = key(
+        None, "of weights and activations in the forward; none: model.dtype"
+    )
+    cpu_offload: bool = key(False, "keep master weights, gradients and optimizer in host memory")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """report_to: trackers beside metrics.jsonl and TensorBoard: "wandb", "trackio". peak_tflops: of one
-    device in the dtype of compute, for `mfu`; None takes the data sheet's of a known GPU."""
+    """The run"""
 
-    name: str = "toolbox-pact"
-    dir: str = "runs"
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
-    report_to: list[str] = field(default_factory=list)
-    peak_tflops: float | None = None
+    name: str = key("toolbox-pact", "its folder's name")
+    dir: str = key("runs", "where its folder is made")
+    seed: int = key(0, "of data order, draws and anchors", low=0, high=2**31)
+    device: str = key("auto", "auto, cpu, or cuda")
+    threads: int | None = count(None, "CPU threads; none: one for a model under 10M parameters, else all")
+    report_to: list[str] = key([], "trackers beside metrics.jsonl and TensorBoard: wandb, trackio")
+    project: str = key("pact_fast", "project of the trackers")
+    group: str | None = key(None, "group of runs, of wandb")
+    tags: list[str] = key([], "of wandb")
+    peak_tflops: float | None = key(
+        None, "of one device in the dtype of compute, for `mfu`; none: a known GPU's data sheet", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ class Config:
 
 
 RENAMED_KEYS = {  # old key: what it is called now
+    "objective.reasoning_segments": "objective.reasoning_levels",
     "objective.engine_correction_cap": "objective.importance_ratio_cap",
     "rollout.row_seeds": "rollout.per_sequence_seed",
     "env.train_file": "env.settings.train_path",
@@ -190,12 +196,35 @@ RENAMED_KEYS = {  # old key: what it is called now
 }
 
 
+# Names of TRL and transformers for the same thing; a key's own last part is taken without its section, too.
+ALIASES = {
+    "run_name": "run.name",
+    "output_dir": "run.dir",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "eval_steps": "eval.every",
+    "model_name_or_path": "model.path",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.targets",
+    "loss_type": "objective.normalization",
+}
+NOT_THE_SAME = {  # names that mean something else elsewhere: what to give instead
+    "per_device_train_batch_size": "train.prompts_per_step (prompts, of all devices) and train.token_budget",
+    "gradient_accumulation_steps": "train.token_budget: packs of a step add up by themselves",
+    "num_train_epochs": "train.max_steps",
+    "steps_per_generation": "train.num_mini_batches",
+    "bf16": "model.dtype=bfloat16",
+}
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the way out."""
 
 
 def config_parser() -> ArgumentParser:
-    """Parser of every config key, for `--help` and for overrides."""
+    """Parser of every config key, for files and overrides."""
     parser = ArgumentParser(prog="pact-fast train CONFIG", exit_on_error=False)
     parser.add_class_arguments(Config, fail_untyped=False)
     return parser
@@ -205,49 +234,126 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Reads a YAML file and applies `--section.field value` overrides.
 
     Args:
-        path: YAML file; None takes the defaults.
-        overrides: command line words such as ["--train.max_steps", "20"].
+        path: YAML file, or the name of a bundled one ("toolbox"); None takes the defaults.
+        overrides: command line words such as ["--train.max_steps", "20"]. Names of TRL for the same key are
+            taken, with a note; a list may be given as one word or with commas.
 
     Raises:
-        ConfigError: the file is missing or no mapping, a key is unknown (the nearest is named) or a value is
-            of the wrong type or out of range.
+        ConfigError: the file is missing or no mapping, a key is unknown (a near one is named) or a value is
+            of the wrong type or out of range; the message begins with the file or word it comes from.
     """
-    source = str(path) if path is not None else "command line"
-    values = _read_yaml(Path(path)) if path is not None else {}
+    source = str(path) if path is not None else "defaults"
+    values = _own_names(_read_yaml(find_config(path)) if path is not None else {}, source)
+    words = _own_words(overrides)
     _check_keys(values, source)
-    _check_words(overrides)
-    parser = config_parser()
-    preset = _preset_of(values, overrides)
+    preset, parser = _preset_of(values, words), config_parser()
     if preset not in PRESETS:
-        raise ConfigError(f"{source}: preset={preset!r} is unknown; nearest: {_nearest(preset, PRESETS)}")
+        near = _nearest(preset, PRESETS) or f"; there are {', '.join(PRESETS)}"
+        blamed = "command line" if any(w.startswith("--preset") for w in words) else source
+        raise ConfigError(f"{blamed}: preset={preset!r} is unknown{near}")
     parser.set_defaults({f"objective.{k}": v for k, v in PRESETS[preset].items()})
     if preset != values.get("preset", "pact") and isinstance(values.get("objective"), dict):
         # Another preset than the file was written for: what defines it is not the file's to change.
         kept = {k: v for k, v in values["objective"].items() if k not in PRESETS[preset]}
         values = {**values, "objective": kept}
+    blamed = source
     try:
         # File first, then words: the command line wins.
         parsed: Namespace = parser.parse_object(values)
-        parsed = parser.parse_args(list(overrides), namespace=parsed)
+        blamed = "command line"
+        parsed = parser.parse_args(words, namespace=parsed)
         config = parser.instantiate(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {_first_lines(error)}") from None
+        raise ConfigError(f"{blamed}: {_first_lines(error)}") from None
     result = Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})
-    _check_values(result, source)
+    given = {word[2:].split("=")[0] for word in words if word.startswith("--")}
+    in_file = {f"{s}.{k}" for s, part in values.items() if isinstance(part, dict) for k in part}
+    if result.lora.rank and "train.learning_rate" not in given | in_file:
+        result = dataclasses.replace(result, train=dataclasses.replace(result.train, learning_rate=1e-5))
+    for name, value, want in _problems(result):
+        blamed = "command line" if name in given else source if name in in_file else f"preset {preset}"
+        raise ConfigError(f"{blamed}: {name}={value!r} cannot be used: give {want}")
     return result
 
 
+def find_config(path: str | Path) -> Path:
+    """The file, or the bundled config of that name; ConfigError where there is neither."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    named = BUNDLED / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent in (Path("."), Path("configs")) and named.is_file():
+        return named
+    raise ConfigError(f"config {str(path)!r} does not exist; bundled are {', '.join(bundled_configs())}")
+
+
+def bundled_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(p.stem for p in BUNDLED.glob("*.yaml") if not p.stem.endswith(("-plan", "table2")))
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        raise ConfigError(f"config {str(path)!r} does not exist; there are {', '.join(known) or 'none here'}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
     return values
+
+
+def own_name(name: str) -> str:
+    """The key that a name of TRL's, or a key's last part alone, stands for; else the name itself."""
+    keys = all_keys()
+    if "." in name or name in keys:
+        return name
+    if name in ALIASES:
+        return ALIASES[name]
+    fitting = [key for key in keys if key.rsplit(".", 1)[-1] == name]
+    return fitting[0] if len(fitting) == 1 else name
+
+
+def _own_names(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A file's values with names of TRL's in their sections."""
+    sections = {key.split(".")[0] for key in all_keys() if "." in key}
+    out: dict[str, Any] = {k: v for k, v in values.items() if k in sections or own_name(str(k)) == k}
+    for name, value in values.items():
+        if name in out:
+            continue
+        section, leaf = own_name(str(name)).split(".")
+        print(f"{source}: {name} is taken as {section}.{leaf}")
+        out[section] = {**out.get(section, {}), leaf: value}
+    return out
+
+
+def _own_words(words: Sequence[str]) -> list[str]:
+    """Overrides with our own names, every list in brackets. ConfigError for an unknown name."""
+    lists = {name for name, kind in _kinds().items() if kind.startswith("list")}
+    known, out = all_keys(), []
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            given, equals, value = word[2:].partition("=")
+            name = own_name(given)
+            # env.settings.x reaches into a free mapping that the environment itself checks.
+            if name not in known and not name.startswith("env.settings."):
+                raise _unknown("command line", given, known)
+            if name != given:
+                print(f"command line: --{given} is taken as --{name}")
+            out.append(f"--{name}={_listed(value) if name in lists else value}" if equals else f"--{name}")
+        else:
+            out.append(_listed(word) if name in lists else word)
+    return out
+
+
+def _listed(word: str) -> str:
+    if word.strip().startswith("["):
+        return word
+    return "[" + ", ".join(repr(part.strip()) for part in word.split(",") if part.strip()) + "]"
+
+
+def _kinds() -> dict[str, str]:
+    return {key.dotted: key.kind for _, _, keys in described(Config) for key in keys}
 
 
 def all_keys() -> list[str]:
@@ -262,44 +368,38 @@ def all_keys() -> list[str]:
     return keys
 
 
-def _nearest(key: str, known) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" where something near is known, else nothing."""
     known = list(known)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    if not close and "." in key:
-        leaf = key.rsplit(".", 1)[1]
-        close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
-    return repr(close[0]) if close else ", ".join(sorted(known))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if not close:
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _unknown(source: str, key: str, known: Sequence[str]) -> ConfigError:
-    if key in RENAMED_KEYS:
-        return ConfigError(f"{source}: {key!r} was renamed to {RENAMED_KEYS[key]!r}")
-    return ConfigError(f"{source}: unknown key {key!r}; nearest: {_nearest(key, known)}")
+def _unknown(source: str, name: str, known: Sequence[str]) -> ConfigError:
+    if name in RENAMED_KEYS:
+        return ConfigError(f"{source}: {name!r} was renamed to {RENAMED_KEYS[name]!r}")
+    if name in NOT_THE_SAME:
+        return ConfigError(f"{source}: {name!r} is no key here; give {NOT_THE_SAME[name]}")
+    hint = _nearest(name, known) or "; `pact-fast train --help` lists all"
+    return ConfigError(f"{source}: unknown key {name!r}{hint}")
 
 
 def _check_keys(values: dict[str, Any], source: str) -> None:
     known = all_keys()
     sections = {k.split(".")[0] for k in known if "." in k}
-    for key, value in values.items():
-        if key in sections:
+    for name, value in values.items():
+        if name in sections:
             if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {key} is a section, give it keys, not {value!r}")
+                raise ConfigError(f"{source}: {name} is a section, give it keys, not {value!r}")
             for leaf in value:
-                if f"{key}.{leaf}" not in known:
-                    raise _unknown(source, f"{key}.{leaf}", known)
-        elif key not in known:
-            raise _unknown(source, key, [*known, *sections])
-
-
-def _check_words(words: Sequence[str]) -> None:
-    known = all_keys()
-    for word in words:
-        if not word.startswith("--") or word in ("--help",):
-            continue
-        key = word[2:].split("=")[0]
-        # env.settings.x reaches into a free mapping that the environment itself checks.
-        if key not in known and not key.startswith("env.settings."):
-            raise _unknown("command line", key, known)
+                if f"{name}.{leaf}" not in known:
+                    raise _unknown(source, f"{name}.{leaf}", known)
+        elif name not in known:
+            raise _unknown(source, str(name), [*known, *sections])
 
 
 def _preset_of(values: dict[str, Any], words: Sequence[str]) -> str:
@@ -316,70 +416,64 @@ def _first_lines(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:600]
 
 
-def _check_values(config: Config, source: str) -> None:
+def _problems(config: Config) -> Iterator[tuple[str, object, str]]:
+    """What cannot be used: key, its value, what to give."""
+    for section in dataclasses.fields(Config):
+        value = getattr(config, section.name)
+        if dataclasses.is_dataclass(value) and (bad := out_of_bounds(value)) is not None:
+            name, number, bounds = bad
+            yield f"{section.name}.{name}", number, str(bounds)
+    yield from _combinations(config)
+
+
+def _combinations(config: Config) -> Iterator[tuple[str, object, str]]:
+    """What is wrong with values that are fine one by one: key, its value, what to give."""
     o, t, r = config.objective, config.train, config.rollout
-    checks: list[tuple[bool, str, object, str]] = [
-        (
-            0 <= o.anchor_probability <= 1,
-            "objective.anchor_probability",
-            o.anchor_probability,
-            "a value in [0, 1]",
-        ),
-        (0 <= o.rl_start <= 1, "objective.rl_start", o.rl_start, "a share in [0, 1]"),
-        (0 <= o.sft_end <= 1, "objective.sft_end", o.sft_end, "a share in [0, 1]"),
-        (o.advantages in ADVANTAGE_MODES, "objective.advantages", o.advantages, f"one of {ADVANTAGE_MODES}"),
-        (
-            o.normalization in NORMALIZATIONS,
-            "objective.normalization",
-            o.normalization,
-            f"one of {NORMALIZATIONS}",
-        ),
-        (0 < o.epsilon < 1, "objective.epsilon", o.epsilon, "a clip range in (0, 1)"),
-        (o.dual_clip is None or o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "a bound above 1"),
-        (o.reasoning_segments >= 1, "objective.reasoning_segments", o.reasoning_segments, "at least 1"),
-        (
-            (o.mu_start is None) == (o.mu_end is None),
-            "objective.mu_end",
-            o.mu_end,
-            "both mu_start and mu_end, or none",
-        ),
-        (o.beta >= 0, "objective.beta", o.beta, "a coefficient >= 0"),
-        (
-            o.importance_ratio_cap is None or o.importance_ratio_cap > 0,
-            "objective.importance_ratio_cap",
-            o.importance_ratio_cap,
-            "a cap above 0 (2, say), or none",
-        ),
-        (
-            o.importance_ratio_cap is None or o.ratio_denominator == "context",
-            "objective.importance_ratio_cap",
-            o.importance_ratio_cap,
-            "none with ratio_denominator=rollout: that ratio has the engine's log-probs in it already",
-        ),
-        (
-            not r.overlap or o.importance_ratio_cap is not None or o.ratio_denominator == "rollout",
-            "objective.importance_ratio_cap",
-            o.importance_ratio_cap,
+    if o.advantages not in ADVANTAGE_MODES:
+        yield "objective.advantages", o.advantages, f"one of {', '.join(ADVANTAGE_MODES)}"
+    if o.normalization not in NORMALIZATIONS:
+        yield "objective.normalization", o.normalization, f"one of {', '.join(NORMALIZATIONS)}"
+    if (o.reasoning_anneal == "sequence") != (o.call_anneal == "sequence"):
+        want = "sequence to both reasoning_anneal and call_anneal, or to none: it anneals both as one"
+        yield "objective.call_anneal", o.call_anneal, want
+    if o.trace_answer and o.rl_context == "trace" and o.trace_context == "concat":
+        want = "false with trace_context=concat: a rollout's first turn cannot follow an answer"
+        yield "objective.trace_answer", o.trace_answer, want
+    if (o.mu_start is None) != (o.mu_end is None):
+        yield "objective.mu_end", o.mu_end, "both mu_start and mu_end, or none"
+    if o.importance_ratio_cap is not None and o.ratio_denominator == "rollout":
+        want = "none with ratio_denominator=rollout: that ratio has the engine's log-probs in it already"
+        yield "objective.importance_ratio_cap", o.importance_ratio_cap, want
+    if r.overlap and o.importance_ratio_cap is None and o.ratio_denominator == "context":
+        want = (
             "a cap (2, say) with rollout.overlap, whose rollouts are drawn with weights one step old; or "
-            "objective.ratio_denominator=rollout, the ratio to the log-probs they were drawn with",
-        ),
-        (t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1"),
-        (t.prompts_per_step >= 1, "train.prompts_per_step", t.prompts_per_step, "at least 1"),
-        (t.learning_rate >= 0, "train.learning_rate", t.learning_rate, "a value >= 0"),
-        (t.num_mini_batches >= 1, "train.num_mini_batches", t.num_mini_batches, "at least 1"),
-        (t.num_iterations >= 1, "train.num_iterations", t.num_iterations, "at least 1"),
-        (t.token_budget >= 1, "train.token_budget", t.token_budget, "at least 1"),
-        (r.num_generations >= 1, "rollout.num_generations", r.num_generations, "at least 1"),
-        (r.temperature > 0, "rollout.temperature", r.temperature, "above 0 (greedy rollouts have no spread)"),
-        (config.lora.rank >= 0, "lora.rank", config.lora.rank, "a rank, or 0 for full training"),
-        (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", config.checkpoint.keep_last, "at least 1"),
-        (r.max_turns >= 1, "rollout.max_turns", r.max_turns, "at least 1"),
-        (r.engine != "http" or r.servers != [], "rollout.servers", r.servers, "[http://HOST:PORT, ...]"),
-        (r.max_in_flight >= 1, "rollout.max_in_flight", r.max_in_flight, "at least 1"),
-    ]
-    for good, key, value, want in checks:
-        if not good:
-            raise ConfigError(f"{source}: {key}={value!r} cannot be used: give {want}")
+            "objective.ratio_denominator=rollout, the ratio to the log-probs they were drawn with"
+        )
+        yield "objective.importance_ratio_cap", o.importance_ratio_cap, want
+    if (r.engine == "http") != bool(r.servers) or not all(map(_is_url, r.servers)):
+        yield "rollout.servers", r.servers, "[http://HOST:PORT, ...] with rollout.engine=http, and only then"
+    # What trains nothing.
+    has_rl, has_sft = o.rl_context != "none", o.sft_targets != "none" and o.sft_end > 0
+    if not has_rl and not has_sft:
+        yield "objective.sft_targets", o.sft_targets, "a term to train: rl_context is none, too"
+    if has_rl and not has_sft and r.num_generations == 1:
+        want = "2 or more: the advantage of a rollout alone in its group is 0, and there is no SFT term"
+        yield "rollout.num_generations", r.num_generations, want
+    if has_sft and not has_rl and not o.sft_weight and o.mu_start is None:
+        yield "objective.sft_weight", o.sft_weight, "a weight above 0: it is the only term"
+    if has_rl and o.rl_start >= 1 and not has_sft:
+        yield "objective.rl_start", o.rl_start, "a share below 1: the policy term, the only one, never starts"
+    if t.warmup_steps >= t.max_steps and t.warmup_steps:
+        yield "train.warmup_steps", t.warmup_steps, f"fewer than train.max_steps={t.max_steps}"
+    if t.num_mini_batches > t.prompts_per_step:
+        want = f"at most train.prompts_per_step={t.prompts_per_step}: an update needs a prompt"
+        yield "train.num_mini_batches", t.num_mini_batches, want
+    if not config.run.name.strip() or Path(config.run.name).name != config.run.name:
+        yield "run.name", config.run.name, "a folder's name without slashes; run.dir says where it is"
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
 
 
 def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pact_fast.tree.families import decoder_layers
+
 T = TypeVar("T")
 # What the collectives of a process say whose peer has died or hangs: gloo raises plain RuntimeErrors.
 _LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "gloo/transport")
@@ -147,7 +149,7 @@ class Sharded:
         options: dict[str, Any] = {"mp_policy": precision}
         if cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        for layer in _decoder_layers(model):
+        for layer in decoder_layers(model):
             fully_shard(layer, **options)
         self._root = fully_shard(_Root(model), **options)
         # The loss carries its own normalisation, from global counts: gradients are summed.
@@ -225,9 +227,3 @@ class _Root(nn.Module):
 def plain(value: Tensor) -> Tensor:
     """The whole of a DTensor (a norm, say); other tensors as they are."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
-    causal: Any = unwrap() if unwrap else model
-    return list(causal.get_decoder().layers)

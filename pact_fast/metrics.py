@@ -11,6 +11,9 @@ a row without that key is clean, and no reader mistakes a diverged loss for a mi
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -36,9 +39,12 @@ class Metric:
 
 # Names follow TRL's where TRL has one; what only PACT has stands under pact/.
 METRICS: dict[str, Metric] = {
-    "loss": Metric("total loss: policy_loss + alpha * sft_loss"),
+    "loss": Metric("total loss: policy_loss + alpha * sft_loss (+ router_loss)"),
     "policy_loss": Metric("clipped surrogate of the rollouts (with KL and entropy terms where on)"),
     "sft_loss": Metric("component-weighted cross-entropy of the expert trace"),
+    "router_loss": Metric(
+        "auxiliary loss of expert routers, with its coefficient, where the model asks for it"
+    ),
     "kl": Metric("KL to the reference policy, k3 estimator (0 where beta is 0)", "nats"),
     "grad_norm": Metric("norm of the whole gradient before clipping"),
     "learning_rate": Metric("learning rate of the step"),
@@ -142,6 +148,7 @@ class MetricsLogger:
         tensorboard: bool = True,
         report_to: Iterable[str] = (),
         run_config: Mapping[str, Any] | None = None,
+        tracker_options: Mapping[str, Any] | None = None,
         write: bool = True,
     ) -> None:
         self._write = write
@@ -168,7 +175,10 @@ class MetricsLogger:
 
             purge = None if resume_step is None else resume_step + 1
             self._events = SummaryWriter(str(self.run_dir / EVENTS_DIR), purge_step=purge)
-        self._trackers = [_tracker(name, self.run_dir, run_config) for name in report_to]
+        self._trackers = [
+            _tracker(name, self.run_dir, run_config, tracker_options or {}, resumed=resume_step is not None)
+            for name in report_to
+        ]
 
     def log(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes one row and returns it as written. Values: numbers, 0-dim tensors, or text (eval/split)."""
@@ -350,13 +360,26 @@ def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     beside.replace(path)
 
 
-def _tracker(name: str, run_dir: Path, config: Mapping[str, Any] | None) -> Any:
-    """wandb and trackio share init/log/finish; both are optional packages."""
-    if name not in REPORT_TO:
-        raise ValueError(f"report_to={name!r}: TensorBoard is always written; the others are {REPORT_TO}")
-    try:
-        module = __import__(name)
-    except ImportError as error:
-        raise ImportError(f"report_to={name!r} needs `pip install {name}`") from error
-    place = {"dir": str(run_dir)} if name == "wandb" else {}
-    return module.init(project="pact_fast", name=run_dir.name, config=dict(config or {}), **place)
+def check_trackers(names: Iterable[str]) -> None:
+    """ValueError for a tracker that there is not, ImportError for one that is not installed."""
+    for name in names:
+        if name not in REPORT_TO:
+            raise ValueError(f"report_to={name!r}: TensorBoard is always written; the others are {REPORT_TO}")
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"report_to={name!r} needs `pip install {name}`")
+
+
+def _tracker(
+    name: str, run_dir: Path, config: Mapping[str, Any] | None, options: Mapping[str, Any], *, resumed: bool
+) -> Any:
+    """wandb and trackio share init/log/finish; both are optional packages. Grouping, tags and going on under
+    the same id are wandb's."""
+    check_trackers([name])
+    given: dict[str, Any] = {"project": options.get("project") or "pact_fast"}
+    if name == "wandb":
+        identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        if (marker := run_dir / "run.json").exists():
+            identity = json.loads(marker.read_text(encoding="utf-8"))["id"][:16]
+        given |= {"dir": str(run_dir), "group": options.get("group"), "tags": list(options.get("tags") or [])}
+        given |= {"id": identity, "resume": "allow" if resumed else None}
+    return importlib.import_module(name).init(name=run_dir.name, config=dict(config or {}), **given)

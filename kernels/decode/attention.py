@@ -154,7 +154,8 @@ def shared_prefix_partial_kernel(
         m_q = m_m[:, None] & (o_d[None, :] < D)
         p_q = q + (b_row.to(tl.int64) * s_q + o_head * D)[:, None] + o_d[None, :]
         # A task whose keys are not there yet waits for nothing.
-        b_q = tl.load(p_q, mask=m_q & (i_first < i_last), other=0.0)
+        m_there = (o_m * 0 + i_first < i_last)[:, None]
+        b_q = tl.load(p_q, mask=m_q & m_there, other=0.0)
         i_begin = i_first
         b_low = o_m  # first key a row sees, counted in the segment
         if WINDOW:

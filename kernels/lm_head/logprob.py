@@ -173,7 +173,8 @@ def linear_logprob_backward_op(
             softcap,
             needs,
         )
-    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in grads)
+    return d_hidden, d_weight, d_bias
 
 
 @linear_logprob_backward_op.register_fake

@@ -122,14 +122,16 @@ class ChunkGradients:
             self.d_bias += dz.sum(0, dtype=torch.float32)
 
     def result(self, row_index: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        d_hidden = self.d_rows
-        if d_hidden is not None and row_index is not None:
+        d_rows = d_hidden = self.d_rows
+        if d_rows is not None and row_index is not None:
             from pact_fast.kernels.lm_head.gradient_rows import sum_rows
 
-            d_hidden = d_hidden.new_empty(self.hidden.shape)
-            sum_rows(self.d_rows, row_index, d_hidden)
+            d_hidden = d_rows.new_empty(self.hidden.shape)
+            sum_rows(d_rows, row_index, d_hidden)
         d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
-        return d_hidden, d_weight, None if self.d_bias is None else self.d_bias.to(self.bias.dtype)
+        if self.d_bias is None or self.bias is None:
+            return d_hidden, d_weight, None
+        return d_hidden, d_weight, self.d_bias.to(self.bias.dtype)
 
 
 @torch.library.custom_op("pact_fast::linear_pact_loss", mutates_args=())
@@ -192,7 +194,8 @@ def linear_pact_loss_op(
         loss = loss + beta * sums[2]
     if entropy_coef != 0.0:
         loss = loss - entropy_coef * sums[3]
-    return loss, sums, logprobs, *(hidden.new_empty(0) if g is None else g for g in grads)
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in grads)
+    return loss, sums, logprobs, d_hidden, d_weight, d_bias
 
 
 @linear_pact_loss_op.register_fake

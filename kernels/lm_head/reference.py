@@ -200,7 +200,7 @@ class RowTerms(NamedTuple):
     ref_logprobs: Tensor | None
     sft_weight: Tensor | None
 
-    def select(self, rows: Tensor) -> "RowTerms":
+    def select(self, rows: Tensor | slice) -> "RowTerms":
         return RowTerms(*(None if value is None else value[rows] for value in self))
 
     def live(self) -> Tensor:
@@ -216,6 +216,7 @@ def row_losses(
     policy, kl, clipped, weighted_entropy, grad, grad_entropy = zero, zero, zero, zero, zero, None
     if terms.policy_weight is not None:
         weight, advantages = terms.policy_weight, terms.advantages
+        assert advantages is not None  # the op asks for them with policy_weight
         if terms.old_logprobs is None:
             ratio = torch.ones_like(logprob)
         else:
@@ -232,6 +233,7 @@ def row_losses(
             objective, inactive = torch.where(dual, floor, objective), inactive | dual
         slope = torch.where(inactive, zero, -ratio * advantages)
         if config.beta != 0.0:
+            assert terms.ref_logprobs is not None  # the op asks for them with beta
             gap = terms.ref_logprobs - logprob
             kl = gap.exp() - gap - 1
             slope = slope + config.beta * (1 - gap.exp())

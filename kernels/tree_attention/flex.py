@@ -31,9 +31,11 @@ class FlexPlan:
 
         tiles = tile_list(subtree_end.cpu().numpy(), depth, BLOCK, BLOCK, window)
         full, partial = _dense_lists(tiles)
-        lists = [torch.from_numpy(x)[None, None].to(subtree_end.device) for x in (*partial, *full)]
+        counts, keys, full_counts, full_keys = (
+            torch.from_numpy(x)[None, None].to(subtree_end.device) for x in (*partial, *full)
+        )
         self.mask = BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(size, size)
+            counts, keys, full_counts, full_keys, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(size, size)
         )
 
 

@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     dkv: Tile
 
 
-# Ahead-of-time compiles decided (KERNELS notes): the largest tiles that do not spill at bf16.
+# Ahead-of-time compiles decided (`python bench/resources.py`): the largest tiles that do not spill at bf16.
 _SM90 = {
     64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),

@@ -241,9 +241,8 @@ def _dkv_tile(
 def tree_attention_dkv_kernel(
     q, k, v, d_out, lse, delta, dk, dv, end, depth, order, scale, scale_log2, T, window, s_kt, s_kh, s_vt,
     s_vh,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M:
-    tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q and d_out are tensor descriptors of [T, Hq * D] in blocks [BLOCK_M, BLOCK_D]: pointers spill."""
     i_n = tl.load(order + tl.program_id(0) // KV_HEADS)
@@ -265,9 +264,8 @@ def tree_attention_dkv_kernel(
     n_full = i_full_end - i_full
     for i in range(GROUP * n_full):
         b_dk, b_dv = _dkv_tile(
-            b_dk, b_dv, b_k, b_v, q, d_out, lse, delta, end, depth, i_hk * GROUP + i // n_full, i_full + i %
-            n_full,
-            i_n, scale_log2, T, window, D, BLOCK_M, BLOCK_N, False, WINDOW, PRECISION,
+            b_dk, b_dv, b_k, b_v, q, d_out, lse, delta, end, depth, i_hk * GROUP + i // n_full,
+            i_full + i % n_full, i_n, scale_log2, T, window, D, BLOCK_M, BLOCK_N, False, WINDOW, PRECISION,
         )  # fmt: skip
     n_part = i_last - i_first - n_full
     for i in range(GROUP * n_part):
@@ -286,9 +284,8 @@ def _block_d(head_dim: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return (
-        "ieee" if dtype == torch.float32 else "tf32"
-    )  # 16-bit inputs ignore it; an fp32 dot defaults to tf32
+    # 16-bit inputs ignore it; an fp32 dot defaults to tf32.
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def _heads_dense(x: Tensor) -> Tensor:
@@ -304,8 +301,7 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
 @torch.library.custom_op("pact_fast::tree_attention", mutates_args=())
 def tree_attention_op(
     q: Tensor, k: Tensor, v: Tensor, end: Tensor, depth: Tensor, lists: list[Tensor], tiles: list[int],
-    scale: float,
-    window: int,
+    scale: float, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [T, Hq, D], lse [Hq, T]. `lists`: of the forward, of dQ, and the key order; window 0: none."""
     tile = Tile(*tiles[:4])
@@ -333,9 +329,8 @@ def _(q, k, v, end, depth, lists, tiles, scale, window):
 
 @torch.library.custom_op("pact_fast::tree_attention_backward", mutates_args=())
 def tree_attention_backward_op(
-    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, end:
-    Tensor,
-    depth: Tensor, lists: list[Tensor], tiles: list[int], scale: float, window: int,
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    end: Tensor, depth: Tensor, lists: list[Tensor], tiles: list[int], scale: float, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, Hq, D], dk and dv [T, Hkv, D]."""
     dq_tile, dkv_tile = Tile(*tiles[4:8]), Tile(*tiles[8:])
@@ -344,7 +339,8 @@ def tree_attention_backward_op(
     q, d_out = _heads_dense(q), _heads_dense(d_out)
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    shape = {"D": head_dim, "BLOCK_D": _block_d(head_dim)}
+    block_d = _block_d(head_dim)
+    shape: dict[str, int | str] = {"D": head_dim, "BLOCK_D": block_d}
     with torch.cuda.device_of(q):
         tree_attention_delta_kernel[(triton.cdiv(tokens, 64) * heads,)](
             out, d_out, lse if d_lse is None else d_lse, delta, tokens, *d_out.stride()[:2],
@@ -353,8 +349,8 @@ def tree_attention_backward_op(
         shape |= {"GROUP": heads // k.shape[1], "WINDOW": window > 0, "PRECISION": _precision(q.dtype)}
         strides = (*k.stride()[:2], *v.stride()[:2])
         tree_attention_dkv_kernel[(key_order.numel() * k.shape[1],)](
-            _descriptor(q, [dkv_tile.block_m, shape["BLOCK_D"]]), k, v,
-            _descriptor(d_out, [dkv_tile.block_m, shape["BLOCK_D"]]), lse, delta, dk, dv, end, depth,
+            _descriptor(q, [dkv_tile.block_m, block_d]), k, v,
+            _descriptor(d_out, [dkv_tile.block_m, block_d]), lse, delta, dk, dv, end, depth,
             key_order, scale, scale * LOG2E, tokens, window, *strides,
             KV_HEADS=k.shape[1], BLOCK_M=dkv_tile.block_m, BLOCK_N=dkv_tile.block_n,
             num_warps=dkv_tile.num_warps, num_stages=dkv_tile.num_stages, **shape,

@@ -23,6 +23,7 @@ from rich.text import Text
 from pact_fast.data.chat import ChatFormat, Component, Tokens
 from pact_fast.data.formats import FORMAT_NAMES
 from pact_fast.data.records import LoadedRecords, Record, RecordError, check_prompt_lengths, load_records
+from pact_fast.data.segments import cut_by, turn_segments
 from pact_fast.envs.base import make_env
 from pact_fast.envs.replay import replay_traces
 from pact_fast.envs.toolbox.base_model import base_model_path
@@ -35,25 +36,26 @@ STYLES = {
     Component.TOOL_CALL: ("bold green", "#14532d", "#bbf7d0"),
     Component.TOOL_RESPONSE: ("yellow", "#713f12", "#fef9c3"),
     Component.ANSWER: ("bold red", "#7f1d1d", "#fee2e2"),
+    Component.THINK_TAG: ("cyan", "#155e75", "#cffafe"),
 }
 MEANING = {
     Component.CONTEXT: "prompt and template text, never a target",
-    Component.REASONING: "supervised up to the reasoning level; | marks a segment border",
-    Component.STRUCTURE: "tags and end of turn, supervised like calls",
+    Component.REASONING: "supervised up to the level; | ends one; struck through: in no level",
+    Component.STRUCTURE: "call tags and end of a calling turn, supervised like calls",
     Component.TOOL_CALL: "supervised, weight lambda",
     Component.TOOL_RESPONSE: "context only, never a target",
     Component.ANSWER: "supervised only where the config says so",
+    Component.THINK_TAG: "supervised only where the config says so",
 }
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One record as tokens: x, h, and the length of c(x,h)."""
+    """One record as tokens: x, and the whole expert trace, its answer too."""
 
     record: Record
     prompt: Tokens
     trace: Tokens
-    privileged_length: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,18 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def encode(chat: ChatFormat, record: Record) -> Encoded:
-    privileged = chat.prompt(record.prompt, record.tools, privileged=chat.render_trace(record.expert_trace))
-    prompt = chat.prompt(record.prompt, record.tools)
-    return Encoded(record, prompt, chat.trace(record.expert_trace), len(privileged))
+    return Encoded(record, chat.prompt(record.prompt, record.tools), chat.trace(record.expert_trace))
 
 
 def coloured(chat: ChatFormat, tokens: Tokens) -> Text:
-    """The conversation as rich text, one style a component, `|` between reasoning segments."""
+    """The conversation as rich text, one style a component, `|` where a level of reasoning ends; what is in
+    no level is struck through."""
     text = Text()
-    for run, component, border in _runs(chat, tokens):
-        if border:
+    for run, component, level in _runs(chat, tokens):
+        if level > 1:
             text.append("|", style="bold blue reverse")
-        text.append(run, style=STYLES[component][0])
+        text.append(run, style=STYLES[component][0] + (" strike" if level > chat.levels else ""))
     return text
 
 
@@ -126,13 +127,12 @@ def legend() -> Text:
 def html_page(chat: ChatFormat, item: Encoded) -> str:
     """A self-contained page that shows one record coloured by component."""
     spans = []
-    for run, component, border in _runs(chat, item.prompt + item.trace):
-        if border:
+    for run, component, level in _runs(chat, item.prompt + item.trace):
+        if level > 1:
             spans.append('<b class="border">|</b>')
         title = f"{component.name.lower()}: {MEANING[component]}"
-        spans.append(
-            f'<span class="c{int(component)}" title="{html.escape(title)}">{html.escape(run)}</span>'
-        )
+        text = f"<s>{html.escape(run)}</s>" if level > chat.levels else html.escape(run)
+        spans.append(f'<span class="c{int(component)}" title="{html.escape(title)}">{text}</span>')
     rules = "".join(f".c{int(c)}{{color:{ink};background:{paper}}}" for c, (_, ink, paper) in STYLES.items())
     keys = "".join(
         f'<li><span class="c{int(c)}">{c.name.lower()}</span> {html.escape(MEANING[c])}</li>' for c in STYLES
@@ -144,19 +144,19 @@ def html_page(chat: ChatFormat, item: Encoded) -> str:
         "pre{white-space:pre-wrap;font:13px/1.6 ui-monospace,monospace;border:1px solid #d1d5db;padding:1rem}"
         f"ul{{list-style:none;padding:0}}.border{{color:#1e3a8a}}{rules}</style>"
         f"<h1>{name}</h1><p>{html.escape(item.record.source)}: prompt {len(item.prompt)} tokens, "
-        f"expert trace {len(item.trace)}, prompt with the trace shown {item.privileged_length}.</p>"
+        f"expert trace {len(item.trace)}.</p>"
         f"<ul>{keys}</ul><pre>{''.join(spans)}</pre></html>\n"
     )
 
 
-def _runs(chat: ChatFormat, tokens: Tokens) -> list[tuple[str, Component, bool]]:
-    """(text, component, starts a later segment of a turn) for each stretch of equal component and segment."""
-    keys = list(zip(tokens.components, tokens.segments, tokens.turns, strict=True))
+def _runs(chat: ChatFormat, tokens: Tokens) -> list[tuple[str, Component, int]]:
+    """(text, component, reasoning level) for each stretch of equal ones."""
+    keys = list(zip(tokens.components, tokens.levels, tokens.turns, strict=True))
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     runs = []
     for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
         text = chat.decode(tokens.ids[start:end])
-        runs.append((text, Component(tokens.components[start]), tokens.segments[start] > 0))
+        runs.append((text, Component(tokens.components[start]), tokens.levels[start]))
     return runs
 
 
@@ -205,9 +205,8 @@ def _print_counts(console: Console, encoded: Sequence[Encoded], chat: ChatFormat
     table = Table("tokens", "min", "median", "95%", "max", title="lengths")
     rows = {
         "prompt x": [len(item.prompt) for item in encoded],
-        "expert trace h": [len(item.trace) for item in encoded],
-        "prompt with trace c(x,h)": [item.privileged_length for item in encoded],
-        "x + h": [len(item.prompt) + len(item.trace) for item in encoded],
+        "expert trace": [len(item.trace) for item in encoded],
+        "prompt and trace": [len(item.prompt) + len(item.trace) for item in encoded],
     }
     for name, lengths in rows.items():
         marks = np.percentile(lengths, [0, 50, 95, 100])
@@ -221,6 +220,7 @@ def _print_counts(console: Console, encoded: Sequence[Encoded], chat: ChatFormat
         share = f"{counts[component] / total:.1%}"
         shares.add_row(Text(component.name.lower(), STYLES[component][0]), f"{counts[component]:,}", share)
     console.print(shares)
+    _print_levels(console, encoded, chat)
 
     calls = Counter(
         call["name"] for item in encoded for m in item.record.expert_trace for call in m.get("tool_calls", ())
@@ -229,6 +229,25 @@ def _print_counts(console: Console, encoded: Sequence[Encoded], chat: ChatFormat
     names = ", ".join(f"{name} {count}" for name, count in calls.most_common(12))
     more = f", {len(calls) - 12} more tools" if len(calls) > 12 else ""
     console.print(f"{turns} assistant turns, {sum(calls.values())} tool calls: {names}{more}", markup=False)
+
+
+def _print_levels(console: Console, encoded: Sequence[Encoded], chat: ChatFormat) -> None:
+    """How much reasoning each prefix level holds, what no level holds, and how the turns were cut."""
+    levels = [level for item in encoded for level in item.trace.levels if level > 0]
+    if not levels:
+        return
+    table = Table("prefix level", "reasoning tokens", "share", title="reasoning levels")
+    for level in range(chat.levels + 1):
+        held = sum(1 for of in levels if of <= level)
+        table.add_row(f"L{level}", f"{held:,}", f"{held / len(levels):.0%}")
+    excluded = sum(1 for level in levels if level > chat.levels)
+    table.add_row("in no level", f"{excluded:,}", f"{excluded / len(levels):.0%}", style="red")
+    console.print(table)
+    turns = [m for item in encoded for m in item.record.expert_trace if m.get("reasoning_content")]
+    types = Counter(segment.type for turn in turns for segment in turn_segments(turn))
+    routes = Counter(cut_by(turn) for turn in turns)
+    console.print("turns cut by: " + ", ".join(f"{name} {count}" for name, count in routes.most_common()))
+    console.print("chunks: " + ", ".join(f"{name} {count}" for name, count in types.most_common()))
 
 
 def _choose(encoded: Sequence[Encoded], record_id: str | None) -> Encoded | None:
@@ -242,7 +261,7 @@ def _chat(arguments: argparse.Namespace) -> ChatFormat:
 
     base = arguments.tokenizer == "toolbox-base"
     tokenizer = AutoTokenizer.from_pretrained(base_model_path() if base else arguments.tokenizer)
-    return ChatFormat.for_tokenizer(tokenizer, arguments.format, segments=arguments.segments)
+    return ChatFormat.for_tokenizer(tokenizer, arguments.format, levels=arguments.levels)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -252,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", default="toolbox-base", help="model folder or name (default: the bundled base model)"
     )
     parser.add_argument("--format", default="auto", choices=FORMAT_NAMES, help="chat format")
-    parser.add_argument("--segments", type=int, default=4, help="reasoning segments a turn")
+    parser.add_argument("--levels", type=int, default=4, help="prefix levels of a turn's reasoning")
     parser.add_argument("--record", help="id of the record to show (default: the first good one)")
     parser.add_argument("--html", type=Path, help="also write the shown record as a page")
     parser.add_argument("--prompt-limit", type=int, help="a longer prompt, in tokens, is a bad record")

@@ -29,17 +29,27 @@ from rich.table import Table
 Status = Literal["ok", "missing", "error"]
 NATIVE = Path(__file__).parent.parent / "_native"
 
-# (distribution, what its absence costs); install with the extra or by name.
+# (distribution, what its absence costs); EXTRAS says how it is installed.
 OPTIONAL = (
     ("triton", "Triton kernels: on CUDA the ops need impl='torch', several times slower and more memory"),
-    ("liger-kernel", "only a peer in `pact-fast bench`"),
+    ("liger-kernel", "a peer in `pact-fast bench`, and `Policy(liger=True)`"),
     ("peft", "LoRA training"),
-    ("flash-attn", "only a peer in `pact-fast bench`; tree attention does not use it"),
+    ("flash-attn", "a peer in `pact-fast bench`, and tree attention with impl='flash'"),
     ("torchao", "8-bit AdamW"),
     ("bfcl-eval", "the `bfcl` environment"),
     ("wandb", "logging to Weights & Biases"),
     ("trackio", "logging to trackio"),
 )
+EXTRAS = {
+    "triton": "pip install 'pact-fast[triton]'",
+    "liger-kernel": "pip install liger-kernel",
+    "peft": "pip install 'pact-fast[lora]'",
+    "flash-attn": "pip install flash-attn --no-build-isolation",
+    "torchao": "pip install 'pact-fast[adamw8bit]'",
+    "bfcl-eval": "pip install --no-deps bfcl-eval==2026.3.23 && pip install 'pact-fast[bfcl]'",
+    "wandb": "pip install 'pact-fast[wandb]'",
+    "trackio": "pip install 'pact-fast[trackio]'",
+}
 REQUIRED = (
     "torch",
     "transformers",
@@ -138,7 +148,8 @@ def _package(name: str, area: str, cost: str) -> Finding:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(area, name, "missing", "not installed", cost)
+        install = EXTRAS.get(name, f"pip install {name}")
+        return Finding(area, name, "missing", "not installed", f"{cost}; {install}")
     floor = _floors().get(name)
     if floor and _numbers(version) < _numbers(floor):
         return Finding(area, name, "error", f"{version}, older than {floor}", f"needs {name}>={floor}")

@@ -11,21 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast.data.chat import ChatFormat
 from pact_fast.data.formats import FORMAT_NAMES
 from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
-from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
 from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.train.build import device_of, load_pretrained, set_threads
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
 # environment's answers are short; models of the real benchmarks think before they call.
@@ -35,7 +33,7 @@ OTHER_LIMITS = (10, 8192, 1024)
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pact-fast eval", description=__doc__)
-    parser.add_argument("model", help='a Hugging Face folder, a run\'s model folder, or "toolbox-base"')
+    parser.add_argument("model", help='a Hugging Face folder or hub name, a run\'s folder, or "toolbox-base"')
     parser.add_argument("--env", default="toolbox", help=", ".join(REGISTRY))
     parser.add_argument(
         "--setting", action="append", default=[], metavar="KEY=VALUE", help="a setting of the environment"
@@ -55,9 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-tasks", type=int, default=32, help="tasks at once, and between two saves")
     parser.add_argument("--chat-format", default="auto", help=", ".join(FORMAT_NAMES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: one for a small model, else all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/eval", help="folder of results, transcripts and summary")
+    parser.add_argument(
+        "--out", help="folder of results, transcripts and summary; default: runs/eval/<model>-<env>"
+    )
     return parser
 
 
@@ -67,6 +68,11 @@ def main(argv: Sequence[str]) -> int:
     for name, value in zip(("max_turns", "max_completion_length", "max_turn_length"), limits, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.out is None:
+        path = Path(args.model)
+        named = path.resolve().name if path.exists() else args.model.replace("/", "-")
+        # The model folder of a run is named after the run.
+        args.out = f"runs/eval/{path.resolve().parent.name if named == 'model' else named}-{args.env}"
     env = make_env(args.env, dict(_setting(s) for s in args.setting))
     try:
         rows = run(args, env)
@@ -91,17 +97,20 @@ def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     """Scores what `results.jsonl` does not hold yet and returns all rows."""
     prepare = getattr(env, "preparations", None)
     records = None if prepare else _records(args, env)  # what is wrong with them is said before a model loads
-    out = Path(args.out)
+    device = device_of(args.device)
+    model, tokenizer = load_pretrained(args.model, args.dtype)
+    set_threads(args.threads, model)
+    chat = ChatFormat.for_tokenizer(tokenizer, args.chat_format)
+    out = Path(args.out)  # made once what it is to hold can be made
     out.mkdir(parents=True, exist_ok=True)
-    done = _resume(out, {k: v for k, v in vars(args).items() if k not in ("out", "tasks", "batch_tasks")})
-    path = base_model_path() if args.model == "toolbox-base" else args.model
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype))
-    chat = ChatFormat.for_tokenizer(AutoTokenizer.from_pretrained(path), args.chat_format)
+    done = _resume(
+        out, {k: v for k, v in vars(args).items() if k not in ("out", "tasks", "batch_tasks", "threads")}
+    )
     context = getattr(model.config, "max_position_embeddings", None)
     limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length, context)
     roll = partial(
         collect_rollouts,
-        HFEngine(model.to(args.device).eval()),
+        HFEngine(model.to(device).eval()),
         env,
         chat,
         temperature=args.temperature,
@@ -241,7 +250,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "solved": [solved.mean, solved.low, solved.high],
             "reward": _mean(r["reward"] for r in chosen),
             "calls": _mean(r["calls"] for r in chosen),
-            "scores": {name: _mean(r["scores"].get(name, 0.0) for r in chosen) for name in names},
+            "scores": {name: _mean(s[name] for r in chosen if name in (s := r["scores"])) for name in names},
             "failures": {k: sum(r["failures"].get(k, 0) for r in chosen) for k in FAILURE_KINDS},
         }
     return out
@@ -267,7 +276,9 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         "reward": [f"{numbers['reward']:.3f}" for numbers in groups.values()],
         "calls": [f"{numbers['calls']:.2f}" for numbers in groups.values()],
     }
-    lines |= {name: [f"{g['scores'].get(name, 0.0):.3f}" for g in groups.values()] for name in names}
+    for name in names:
+        values = [numbers["scores"].get(name) for numbers in groups.values()]
+        lines[name] = ["-" if value is None else f"{value:.3f}" for value in values]
     for label, cells in lines.items():
         table.add_row(label, *cells)
     return table

@@ -22,7 +22,7 @@ def export(run_dir: str | Path, out: str | Path, *, which: str = "last") -> Path
     The weights come from run_dir/checkpoints, into the model named in its config.json; adapters are merged.
     `out` must not exist: it is written beside and renamed, so a folder that is there is whole.
     """
-    run_dir, out = Path(run_dir), Path(out)
+    run_dir, out = run_folder(run_dir), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; give another folder or remove it")
     config_file = run_dir / "config.json"
@@ -45,6 +45,12 @@ def export(run_dir: str | Path, out: str | Path, *, which: str = "last") -> Path
     return out
 
 
+def run_folder(path: str | Path) -> Path:
+    """The run's folder, also where its model folder is given."""
+    path = Path(path)
+    return path.parent if path.name == "model" and (path.parent / "config.json").exists() else path
+
+
 def _choose(checkpoints: Checkpointer, which: str) -> Path:
     if which == "last":
         path = checkpoints.latest()
@@ -65,12 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "pact-fast export", description="A run's weights as a Hugging Face folder."
     )
-    parser.add_argument("run_dir", help="the run's folder")
+    parser.add_argument("run_dir", help="the run's folder, or its model folder")
     parser.add_argument("out", help="folder to write; must not exist")
     parser.add_argument("--which", default="last", help="last (default), best, or a step number")
     arguments = parser.parse_args(argv)
     try:
-        print(export(arguments.run_dir, arguments.out, which=arguments.which))
+        folder = run_folder(arguments.run_dir) / "checkpoints"
+        chosen = _choose(Checkpointer(folder), arguments.which) if folder.is_dir() else None
+        which = arguments.which if chosen is None else chosen.name.removeprefix("step-")
+        export(arguments.run_dir, arguments.out, which=which)
+        print(f"{arguments.out}: the weights of step {int(which)}")
     except (CheckpointError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

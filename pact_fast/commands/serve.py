@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.serve.server import Server, Service
-from pact_fast.train.build import device_of
+from pact_fast.train.build import device_of, load_pretrained
 
 TOKEN = "PACT_FAST_TOKEN"  # environment variable, read by server and trainer
 
@@ -52,12 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
 def build_server(args: argparse.Namespace) -> Server:
     if args.threads:
         torch.set_num_threads(args.threads)
-    path = base_model_path() if args.model == "toolbox-base" else args.model
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype))
+    device = device_of(args.device)
+    model, tokenizer = load_pretrained(args.model, args.dtype)
     service = Service(
-        model.to(device_of(args.device)),
+        model.to(device),
         args.name or args.model,
-        AutoTokenizer.from_pretrained(path),
+        tokenizer,
         max_model_len=args.max_model_len,
         model_root=args.model_root,
         max_rows=args.max_rows,

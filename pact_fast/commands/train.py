@@ -1,33 +1,43 @@
-"""`pact-fast train CONFIG [--resume] [--section.field value ...]`: one training run."""
+"""`pact-fast train [CONFIG] [--section.key value ...]`: one training run."""
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pact_fast.config import Config, config_parser, load_config
+import yaml
+
+from pact_fast.config import Config, bundled_configs, load_config
+from pact_fast.keys import described
+from pact_fast.objective import PRESETS
 
 if TYPE_CHECKING:
     from pact_fast.train.preemption import StopSignal
     from pact_fast.train.trainer import Trainer
 
 
+SHORT = {"--resume": "--checkpoint.resume=true", "--overwrite": "--checkpoint.overwrite=true"}
+
+
 def main(argv: Sequence[str]) -> int:
-    """pact-fast train CONFIG [--resume] [--section.field value ...]"""
     words = list(argv)
-    if not words or words[0] in ("-h", "--help"):
-        config_parser().print_help()
+    if not words or {"-h", "--help"} & set(words):
+        print(help_text())
         return 0
-    words = ["--checkpoint.resume=true" if word == "--resume" else word for word in words]
-    path = None if words[0].startswith("--") else words[0]
+    dry_run = "--dry-run" in words
+    words = [SHORT.get(word, word) for word in words if word != "--dry-run"]
+    path = None if not words or words[0].startswith("--") else words[0]
     config = load_config(path, words if path is None else words[1:])
+    if dry_run:
+        print(plan(config))
+        return 0
     from pact_fast.evaluation.report import final_table, write_report
     from pact_fast.train.preemption import StopSignal
 
-    with StopSignal() as stop:  # from here on a SIGTERM ends the run in order
+    with StopSignal() as stop:  # from here on SIGTERM and Ctrl-C end the run in order
         trainer, summary, status = _run(config, stop)
     if summary is None:
         return status
@@ -38,10 +48,77 @@ def main(argv: Sequence[str]) -> int:
 
     console = Console()
     console.print(final_table(summary))
-    console.print(
-        f"run folder {trainer.run_dir}: metrics.jsonl, tensorboard events, model, {Path(page).name}"
-    )
+    folder = trainer.run_dir
+    console.print(f"{page}: curves and a transcript; metrics.jsonl and TensorBoard events beside it")
+    console.print(f"next: pact-fast eval {folder} --env {config.env.name}", highlight=False, soft_wrap=True)
     return 0
+
+
+def help_text() -> str:
+    """Every key in one line: its section, default and what it is; presets and bundled configs."""
+    lines = [
+        "pact-fast train [CONFIG] [--resume | --overwrite] [--dry-run] [--preset NAME] [--SECTION.KEY VALUE]",
+        "",
+        "  CONFIG       a YAML file, or the name of a bundled one: "
+        + _folded(", ".join(bundled_configs()), 15),
+        "  --resume     go on from the newest checkpoint of the run folder",
+        "  --overwrite  delete another run that is in the run folder; without, it is moved aside",
+        "  --dry-run    print the resolved config, what a step is, memory and time by formula; run nothing",
+        "  --preset     " + _folded(", ".join(PRESETS), 15),
+    ]
+    for section, title, keys in described(Config):
+        lines += ["", f"{section}: {title}"]
+        for key in keys:
+            head = f"  --{key.dotted} {key.default}"
+            gap = f"{head:<42}" if len(head) < 42 else f"{head}\n{'':<42}"
+            lines.append(gap + _folded(key.what, 42))
+    return "\n".join(lines)
+
+
+def _folded(text: str, indent: int, width: int = 118) -> str:
+    words, lines = text.split(" "), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) + indent + 1 > width:
+            lines.append("")
+        lines[-1] += f"{word} "
+    return ("\n" + " " * indent).join(line.rstrip() for line in lines)
+
+
+def plan(config: Config) -> str:
+    """The resolved config, what a step consists of, and memory by formula."""
+    t, r = config.train, config.rollout
+    rollouts = t.prompts_per_step * r.num_generations
+    updates = t.num_mini_batches * t.num_iterations
+    lines = [
+        yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip(),
+        "",
+        f"a step: {t.prompts_per_step} prompts x {r.num_generations} rollouts = {rollouts} rollouts of "
+        f"at most {r.max_completion_length:,} tokens, {updates} update{'s' * (updates > 1)}",
+        f"a run: {t.max_steps} steps, {t.max_steps * rollouts:,} rollouts, {t.max_steps * updates:,} updates",
+        *_memory(config),
+    ]
+    return "\n".join(lines)
+
+
+def _memory(config: Config) -> list[str]:
+    """Memory of an update per device, where the model's config is at hand."""
+    from transformers import AutoConfig
+
+    from pact_fast.train.build import model_path
+    from pact_fast.train.memory import memory
+    from pact_fast.tree.families import family_of
+
+    try:
+        family = family_of(AutoConfig.from_pretrained(model_path(config.model.path)))
+    except (OSError, ValueError) as error:
+        return [f"memory: not known: {str(error).splitlines()[0]}"]
+    gpus = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = memory(family, gpus, config.train.token_budget)
+    told = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if name != "total")
+    return [
+        f"memory per device, {gpus} device{'s' * (gpus > 1)}, {config.train.token_budget:,} packed tokens, "
+        f"all layers checkpointed: {parts['total'] / 2**30:.2f} GiB ({told})"
+    ]
 
 
 def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | None, int]:
@@ -53,16 +130,16 @@ def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | No
     from pact_fast.train.trainer import Trainer, TrainingStopped
 
     trainer = Trainer(config, stop)
+    folder = trainer.run_dir / "checkpoints"
     try:
         return trainer, trainer.train(), 0
-    except Preempted:
+    except Preempted as stopped:
         if trainer.world.main:
-            print(f"stopped by SIGTERM and saved in {trainer.run_dir / 'checkpoints'}; go on with --resume")
-        return trainer, None, 0
+            print(f"stopped by {stopped} and saved in {folder}; go on with --resume")
+        return trainer, None, 130 if stop.by == "Ctrl-C" else 0
     except (TrainingStopped, RankLost, CheckpointError) as error:
         print(f"stopped: {error}", file=sys.stderr)
     except RolloutError as error:
-        folder = trainer.run_dir / "checkpoints"
         print(f"stopped: {error}\nsaved in {folder}; go on with --resume", file=sys.stderr)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -12,79 +12,35 @@ equal the ids of the whole rendered conversation, and each token has exactly one
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 from pact_fast.data import formats
 from pact_fast.data.formats import DEFAULT_PRIVILEGED_TEMPLATE, FORMAT_NAMES, CallSyntax, Headers
-from pact_fast.data.parsing import AssistantTurn, ToolCall, parse_turn
-from pact_fast.data.segments import token_segments
+from pact_fast.data.parsing import SPELT, AssistantTurn, ToolCall, parse_turn
+from pact_fast.data.reading import clean_text
+from pact_fast.data.segments import level_ends, token_levels
+from pact_fast.data.tokens import Component, Tokens
 
 __all__ = ["AssistantTurn", "ChatFormat", "Component", "Tokens", "ToolCall"]
 
 _MARK = "@@pact_fast:privileged@@"  # where privileged text goes in a rendered prompt
 
 
-class Component(IntEnum):
-    """What a token is; METHOD terms. Only assistant turns hold REASONING, STRUCTURE, TOOL_CALL and ANSWER."""
-
-    CONTEXT = 0  # system and user text, role headers, everything that the template adds
-    REASONING = 1
-    STRUCTURE = 2  # think and tool-call tags, blank lines beside them, end of turn
-    TOOL_CALL = 3
-    TOOL_RESPONSE = 4
-    ANSWER = 5
-
-
-@dataclass
-class Tokens:
-    """Token ids with, per token: component, assistant turn index (-1 in the prompt), reasoning segment
-    (else -1).
-    """
-
-    ids: list[int] = field(default_factory=list)
-    components: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
-
-    def append(self, token: int, component: Component, turn: int, segment: int = -1) -> None:
-        self.ids.append(token)
-        self.components.append(int(component))
-        self.turns.append(turn)
-        self.segments.append(segment)
-
-    def extend(self, other: Tokens) -> Tokens:
-        """Append `other` in place and return self."""
-        self.ids += other.ids
-        self.components += other.components
-        self.turns += other.turns
-        self.segments += other.segments
-        return self
-
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens().extend(self).extend(other)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, part: slice) -> Tokens:
-        return Tokens(self.ids[part], self.components[part], self.turns[part], self.segments[part])
-
-
 class _Piece(NamedTuple):
     text: str
     component: Component
     tag: bool = False  # one token of its own where the tokenizer has it as an added token
+    ends: Sequence[int] = ()  # of the prefix levels, in reasoning
 
 
 class ChatFormat:
     """Writes and reads conversations for one tokenizer; make it with `ChatFormat.for_tokenizer`.
 
     Attributes: tokenizer, name ("hermes", "compact" or "llama"), template (Jinja text that renders prompts),
-    own_template (True where that is the model's own), segments, stop_token_ids.
+    own_template (True where that is the model's own), levels, stop_token_ids.
     """
 
     def __init__(
@@ -96,22 +52,25 @@ class ChatFormat:
         template: str,
         *,
         own_template: bool = False,
-        segments: int = 4,
+        levels: int = 4,
         privileged_template: str = DEFAULT_PRIVILEGED_TEMPLATE,
     ):
-        if segments < 1:
-            raise ValueError(f"segments={segments}: need at least one segment a turn")
+        if levels < 1:
+            raise ValueError(f"levels={levels}: need at least one level of reasoning")
         if "{trace}" not in privileged_template:
             raise ValueError(
                 f"privileged_template={privileged_template!r}: lacks '{{trace}}', where the trace goes"
             )
         self.tokenizer, self.name, self.template, self.own_template = tokenizer, name, template, own_template
-        self.segments, self.privileged_template = segments, privileged_template
+        self.levels, self.privileged_template = levels, privileged_template
         self._headers, self._syntax = headers, syntax
         self._encoding = threading.Lock()
         added = tokenizer.get_added_vocab()
         wanted = (*formats.TAGS, *headers.special, headers.end)
         self._atomic: dict[str, int] = {text: added[text] for text in wanted if text in added}
+        control = _control_tokens(tokenizer, self._atomic)
+        self._control, self._steering = _pattern(control), _pattern(control - set(formats.TAGS))
+        self._tag_ids = {i: text for text, i in self._atomic.items() if text in formats.TAGS}
         extra_ends = (headers.end, "<|endoftext|>", "<|eom_id|>")
         stops = [added[text] for text in extra_ends if text in added]
         if tokenizer.eos_token_id is not None:
@@ -129,7 +88,7 @@ class ChatFormat:
         tokenizer: Any,
         name: str = "auto",
         *,
-        segments: int = 4,
+        levels: int = 4,
         privileged_template: str = DEFAULT_PRIVILEGED_TEMPLATE,
     ) -> ChatFormat:
         """The format of a Hugging Face fast tokenizer.
@@ -138,7 +97,7 @@ class ChatFormat:
         ChatML tokenizers and "llama" for Llama 3 ones. "hermes" | "llama" take the model's own template
         where it writes calls that way, else the bundled one. "compact" is hermes with a short tool list
         (bundled).
-        segments: reasoning segments a turn (METHOD K). privileged_template: text with {trace} in it.
+        levels: K, the prefix levels of a turn's reasoning. privileged_template: text with {trace} in it.
         Raises ValueError for an unknown name, a slow tokenizer, or role markers that no format knows.
         """
         if name not in FORMAT_NAMES:
@@ -165,7 +124,7 @@ class ChatFormat:
             syntax,
             own if use_own and own is not None else template,
             own_template=use_own,
-            segments=segments,
+            levels=levels,
             privileged_template=privileged_template,
         )
 
@@ -183,11 +142,11 @@ class ChatFormat:
         last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
         if last_user is None:
             raise ValueError("prompt has no user message to answer")
-        marked = [dict(message) for message in messages]
+        marked = self._spelt([dict(message) for message in messages])
         marked[last_user]["content"] += _MARK
         text = self.tokenizer.apply_chat_template(
             marked,
-            tools=list(tools) or None,
+            tools=self._spelt(list(tools)) or None,
             chat_template=self.template,
             add_generation_prompt=True,
             tokenize=False,
@@ -207,10 +166,23 @@ class ChatFormat:
             texts.insert(1, self.privileged_template.replace("{trace}", privileged))
         tokens = Tokens()
         for i, part in enumerate(texts):
-            untrusted = privileged is not None and i == 1
-            for token in self._encode_text(part, plain=untrusted)[0]:
-                tokens.append(token, Component.CONTEXT, -1)
+            pieces = part.split(SPELT)
+            if privileged is not None and i == 1:  # its tags are markup (`render_trace`), no header ever is
+                pieces = [piece for text in pieces for piece in _cut(text, self._steering)]
+            for piece in pieces:
+                for token in self._encode_text(piece)[0]:
+                    tokens.append(token, Component.CONTEXT, -1)
         return tokens
+
+    def _spelt(self, value: Any) -> Any:
+        """A JSON value whose texts have SPELT inside every control token that they spell: data, not
+        markup.
+        """
+        if isinstance(value, str):
+            return SPELT.join(_cut(clean_text(value), self._control))
+        if isinstance(value, Mapping):
+            return {self._spelt(key): self._spelt(item) for key, item in value.items()}
+        return [self._spelt(item) for item in value] if isinstance(value, list | tuple) else value
 
     def assistant(self, message: Mapping, turn: int) -> Tokens:
         """One expert turn as the model would have to emit it after the generation header, end of turn
@@ -288,16 +260,18 @@ class ChatFormat:
 
     def render_trace(self, messages: Sequence[Mapping], *, observations: bool = True) -> str:
         """h as text for `prompt(privileged=...)`: reasoning, calls, answers and, with observations, tool
-        responses.
+        responses. Control tokens that these spell have SPELT inside.
         """
         parts = []
         for message in messages:
             if message["role"] == "assistant":
-                parts.append("".join(piece.text for piece in self._assistant_pieces(message)))
+                pieces = self._assistant_pieces(message)
+                parts.append("".join(p.text if p.tag else self._spelt(p.text) for p in pieces))
             elif message["role"] == "user":
-                parts.append(f"User: {message['content']}")
+                parts.append(f"User: {self._spelt(message['content'])}")
             elif observations:
-                parts.append(f"{formats.RESPONSE_OPEN}\n{message['content']}\n{formats.RESPONSE_CLOSE}")
+                response = self._spelt(message["content"])
+                parts.append(f"{formats.RESPONSE_OPEN}\n{response}\n{formats.RESPONSE_CLOSE}")
         return "\n".join(parts)
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -307,7 +281,17 @@ class ChatFormat:
         end = len(ids)
         while end and ids[end - 1] in self.stop_token_ids:
             end -= 1
-        return parse_turn(self.decode(ids[:end]), self._syntax, complete=complete)
+        return parse_turn(self._marked(ids[:end]), self._syntax, complete=complete)
+
+    def _marked(self, ids: Sequence[int]) -> str:
+        """Text of a turn; tags that are spelt, where the tokenizer has them as tokens, have SPELT inside."""
+        parts, begin = [], 0
+        for i, token in enumerate([*ids, None]):
+            if token is None or token in self._tag_ids:
+                parts.append(SPELT.join(_cut(self.decode(ids[begin:i]), self._control)))
+                parts.append("" if token is None else self._tag_ids[token])
+                begin = i + 1
+        return "".join(parts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens and tags included."""
@@ -316,17 +300,17 @@ class ChatFormat:
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _assistant_pieces(self, message: Mapping) -> list[_Piece]:
-        structure = Component.STRUCTURE
+        structure, think = Component.STRUCTURE, Component.THINK_TAG
         reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
         pieces = []
         if reasoning:
             pieces += [
-                _Piece(formats.THINK_OPEN, structure, True),
-                _Piece("\n", structure),
-                _Piece(reasoning, Component.REASONING),
-                _Piece("\n", structure),
-                _Piece(formats.THINK_CLOSE, structure, True),
-                _Piece("\n\n", structure),
+                _Piece(formats.THINK_OPEN, think, True),
+                _Piece("\n", think),
+                _Piece(reasoning, Component.REASONING, ends=level_ends(message, self.levels)),
+                _Piece("\n", think),
+                _Piece(formats.THINK_CLOSE, think, True),
+                _Piece("\n\n", think),
             ]
         if content:
             pieces.append(_Piece(content, Component.ANSWER))
@@ -387,25 +371,63 @@ class ChatFormat:
                 reasoning.append((len(tokens), start - begin))
             tokens.append(token, run[index].component, turn)
         if reasoning:
-            source = next(piece.text for piece in run if piece.component == Component.REASONING)
-            parts = token_segments(source, [start for _, start in reasoning], self.segments)
-            for (position, _), segment in zip(reasoning, parts, strict=True):
-                tokens.segments[position] = segment
+            ends = next(piece.ends for piece in run if piece.component == Component.REASONING)
+            levels = token_levels([start for _, start in reasoning], ends)
+            for (position, _), level in zip(reasoning, levels, strict=True):
+                tokens.levels[position] = level
 
     def _encode_text(self, text: str, *, plain: bool = False) -> tuple[list[int], list[int]]:
-        """Ids and first characters. `plain`: special tokens written out in `text` stay text (tool output)."""
+        """Ids and first characters. `plain`: control tokens written out in `text` stay text (tool output)."""
+        text = clean_text(text)  # half a surrogate pair is no UTF-8, and the backend refuses it
+        if not plain:
+            return self._encode(text)
+        ids: list[int] = []
+        starts: list[int] = []
+        begin = 0
+        for piece in _cut(text, self._control):
+            own, first = self._encode(piece)
+            ids += own
+            starts += [begin + start for start in first]
+            begin += len(piece)
+        return ids, starts
+
+    def _encode(self, text: str) -> tuple[list[int], list[int]]:
         # The backend itself, as the tokenizer's own call costs five times the encoding of a short text; that
-        # call sets these three anew for itself every time. They are the backend's own: one thread at a time.
+        # call sets these two anew for itself every time. They are the backend's own: one thread at a time.
         backend = self.tokenizer.backend_tokenizer
         with self._encoding:
             if backend.truncation is not None:
                 backend.no_truncation()
             if backend.padding is not None:
                 backend.no_padding()
-            backend.encode_special_tokens = plain
             encoding = backend.encode(text, add_special_tokens=False)
-            backend.encode_special_tokens = False
         return encoding.ids, [start for start, _ in encoding.offsets]
+
+
+def _control_tokens(tokenizer: Any, atomic: Mapping[str, int]) -> set[str]:
+    """Added tokens that steer: the special ones, the tags and headers, and what is written in brackets.
+
+    Other added tokens are words of the vocabulary, which a text may well hold.
+    """
+    return {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if len(token.content.strip()) > 1
+        and (token.special or token.content in atomic or re.fullmatch(r"<.+>|\[.+\]", token.content))
+    }
+
+
+def _pattern(texts: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _cut(text: str, control: re.Pattern[str]) -> list[str]:
+    """`text` cut after the first character of every control token that it spells: none of them is left."""
+    pieces = []
+    while (spelt := control.search(text)) is not None:
+        pieces.append(text[: spelt.start() + 1])
+        text = text[spelt.start() + 1 :]
+    return [*pieces, text]
 
 
 def _headers_of(tokenizer: Any) -> Headers:

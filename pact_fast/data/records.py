@@ -2,13 +2,18 @@
 
 One record a line (JSONL) or row (parquet; every column a JSON string or a nested value):
 
-    id            optional, unique; default "<file stem>:<line>"
+    id            optional, unique in its file; default "<file stem>:<line>"
     prompt        [{"role": "system"|"user"|"assistant", "content": str}, ...], last one from the user
     tools         [{"type": "function", "function": {"name", "description", "parameters": JSON Schema}}, ...]
     expert_trace  [{"role": "assistant", "reasoning_content", "content",
-                    "tool_calls": [{"name", "arguments"}]}
-                   | {"role": "tool", "name", "content"} | {"role": "user", "content", "tools"?}, ...]
+                    "tool_calls": [{"name", "arguments"}], "reasoning_segments"?, "reasoning_levels"?}
+                   | {"role": "tool", "name" or "tool_call_id", "content"}
+                   | {"role": "user", "content", "tools"?}, ...]
     env           {...} handed to the environment as it is; other top-level fields are added to it
+
+A trace ends on a tool response or on an answer. An assistant message may say how its reasoning is cut:
+`reasoning_segments` [{"type", "start", "end"}, ...], characters of reasoning_content, or finished
+`reasoning_levels`, the ends of L1, L2, ... in characters (pact_fast.data.segments).
 
 `messages` may stand for prompt and trace together: the trace starts at its first assistant message.
 Every record is checked when it is loaded, so that a bad one stops a run before training begins.
@@ -18,12 +23,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pact_fast.data.formats import TAGS
+from pact_fast.data.reading import clean_value, half_surrogate, read_json
+from pact_fast.data.segments import check_levels, check_segments
 
 FIELDS = ("id", "prompt", "tools", "expert_trace", "env", "messages")
 
@@ -131,14 +139,21 @@ def parse_record(raw: Any, *, file: str, line: int, require_trace: bool = True) 
     Raises RecordError at the first problem, naming the field by its path, e.g. expert_trace[2].tool_calls[0].
     """
     check = _Checker(file, line)
-    if isinstance(raw, str):
+    if isinstance(raw, str | bytes):
         try:
-            raw = json.loads(raw)
-        except json.JSONDecodeError as error:
+            raw = read_json(raw)
+        except ValueError as error:
             check.fail("(whole line)", f"is not JSON: {error}")
     if not isinstance(raw, dict):
         check.fail("(whole line)", f"must be a JSON object, got {type(raw).__name__}")
     raw = {key: _decode_column(key, value, check) for key, value in raw.items()}
+    if (where := half_surrogate(raw)) is not None:
+        warnings.warn(
+            f"{file}:{line}: {where} holds half a surrogate pair (a cut emoji, say), "
+            "which no tokenizer reads: taken as U+FFFD",
+            stacklevel=2,
+        )
+        raw = clean_value(raw)
     record_id = raw.get("id")
     if record_id is None or record_id == "":
         record_id = f"{Path(file).stem}:{line}"
@@ -203,18 +218,26 @@ def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such record file")
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:  # bytes: a line that is not UTF-8 is one bad record, not a bad file
             for number, text in enumerate(lines, 1):
+                if number == 1:
+                    text = text.removeprefix(b"\xef\xbb\xbf")  # what Windows editors write
                 if text.strip():
                     yield number, text
     elif path.suffix == ".parquet":
+        import pyarrow
         import pyarrow.parquet as pq
 
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, _drop_nulls(row)
+        try:
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, _drop_nulls(row)
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            after = f" after row {number}" if number else ""
+            raise ValueError(f"{path}: is damaged or no parquet file{after}: {reason}") from None
     else:
         raise ValueError(f"{path}: unknown file type {path.suffix!r}; use .jsonl or .parquet")
 
@@ -232,14 +255,23 @@ def _decode_column(key: str, value: Any, check: _Checker) -> Any:
     """A parquet column of prompt, tools, ... may hold JSON text instead of nested values."""
     if key in FIELDS and key != "id" and isinstance(value, str):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
+            return read_json(value)
+        except ValueError as error:
             check.fail(key, f"is text but not JSON: {error}")
     return value
 
 
 def _role(message: Any) -> str | None:
     return message.get("role") if isinstance(message, dict) else None
+
+
+@dataclass
+class _Call:
+    """A call of the trace that waits for its response."""
+
+    name: str
+    id: Any
+    response: dict | None = None
 
 
 class _Checker:
@@ -316,15 +348,17 @@ class _Checker:
         if messages[0]["role"] != "assistant":
             self.fail("expert_trace[0].role", f"must be 'assistant', is {messages[0]['role']!r}")
         known = {tool["function"]["name"] for tool in tools}
-        unanswered: list[str] = []
+        unanswered: list[_Call] = []
         normal: list[dict] = []
         for i, message in enumerate(messages):
             where = f"expert_trace[{i}]"
             if message["role"] == "tool":
-                normal.append(self._tool_response(message, where, unanswered))
+                self._tool_response(message, where, unanswered)
+                if all(call.response is not None for call in unanswered):
+                    normal += [call.response for call in unanswered if call.response is not None]
+                    unanswered = []
                 continue
-            if unanswered:
-                self.fail(where, f"call to {unanswered[0]!r} has no tool response before this message")
+            self._all_answered(unanswered, where, " before this message")
             previous = messages[i - 1]["role"] if i else None
             if (message["role"], previous) in (
                 ("assistant", "assistant"),
@@ -339,22 +373,44 @@ class _Checker:
                 normal.append({**turn, "tools": list(added)} if added else turn)
                 continue
             turn = self._assistant(message, where, known)
-            unanswered = [call["name"] for call in turn["tool_calls"]]
+            ids = [call.get("id") for call in message.get("tool_calls") or []]
+            unanswered = [_Call(c["name"], i) for c, i in zip(turn["tool_calls"], ids, strict=True)]
+            named = [i for i in ids if i is not None]
+            if len(set(map(str, named))) != len(named):
+                self.fail(f"{where}.tool_calls", f"two calls have the same id: {named}")
             normal.append(turn)
-        if unanswered and normal[-1]["role"] == "tool":  # a trace may end with calls, all of them unanswered
-            self.fail("expert_trace", f"call to {unanswered[0]!r} has no tool response")
+        for call in unanswered:
+            if call.response is None:
+                problem = f"call to {call.name!r} has no tool response"
+                where = f"expert_trace[{len(messages) - 1}]"
+                self.fail(where, f"{problem}: a trace ends on a tool response or an answer")
         return tuple(normal)
 
-    def _tool_response(self, message: dict, where: str, unanswered: list[str]) -> dict:
-        if not unanswered:
+    def _all_answered(self, calls: list[_Call], where: str, when: str) -> None:
+        for call in calls:
+            if call.response is None:
+                self.fail(where, f"call to {call.name!r} has no tool response{when}")
+
+    def _tool_response(self, message: dict, where: str, calls: list[_Call]) -> None:
+        """Gives a response to its call: the one that `tool_call_id` names, else the first without one."""
+        open_calls = [call for call in calls if call.response is None]
+        if not open_calls:
             self.fail(where, "tool response without its call")
-        name = message.get("name") or unanswered[0]
-        if name != unanswered[0]:
-            self.fail(
-                f"{where}.name", f"tool response of {name!r} without its call; expected {unanswered[0]!r}"
-            )
-        unanswered.pop(0)
-        return {"role": "tool", "name": name, "content": self.text(message, "content", where)}
+        call, wanted = open_calls[0], message.get("tool_call_id")
+        if wanted is not None and any(c.id is not None for c in calls):
+            found = [c for c in calls if c.id is not None and str(c.id) == str(wanted)]
+            if not found:
+                known = ", ".join(repr(c.id) for c in calls)
+                self.fail(
+                    f"{where}.tool_call_id", f"{wanted!r} is the id of no call before it; there are {known}"
+                )
+            if found[0].response is not None:
+                self.fail(f"{where}.tool_call_id", f"the call {wanted!r} has a response already")
+            call = found[0]
+        name = message.get("name") or call.name
+        if name != call.name:
+            self.fail(f"{where}.name", f"tool response of {name!r} without its call; expected {call.name!r}")
+        call.response = {"role": "tool", "name": name, "content": self.text(message, "content", where)}
 
     def _assistant(self, message: dict, where: str, known: set[str]) -> dict:
         content = self.text(message, "content", where, optional=True)
@@ -377,7 +433,41 @@ class _Checker:
         }
         if not (turn["reasoning_content"] or turn["content"] or normal):
             self.fail(where, "assistant message is empty: no reasoning, content or tool call")
-        return turn
+        return turn | self._cuts(message, reasoning, where)
+
+    def _cuts(self, message: dict, raw: str, where: str) -> dict[str, Any]:
+        """The message's own `reasoning_segments` or `reasoning_levels`, counted in the normal form's
+        reasoning."""
+        text, front = raw.strip("\n"), len(raw) - len(raw.lstrip("\n"))
+
+        def moved(value: Any) -> Any:
+            """A place in `raw` as one in `text`; what is no place in `raw` stays, to be told of."""
+            inside = type(value) is int and 0 <= value <= len(raw)
+            return min(max(value - front, 0), len(text)) if inside else value
+
+        def fail(key: str, problem: str) -> NoReturn:
+            place, _, told = problem.partition(": ") if problem[:1] in "[:" else ("", "", problem)
+            self.fail(f"{where}.{key}{place}", told)
+
+        cuts: dict[str, Any] = {}
+        segments, levels = message.get("reasoning_segments"), message.get("reasoning_levels")
+        if isinstance(segments, list):
+            segments = [
+                {k: moved(v) if k != "type" else v for k, v in s.items() if k in ("type", "start", "end")}
+                if isinstance(s, dict)
+                else s
+                for s in segments
+            ]
+        if segments is not None:
+            if problem := check_segments(segments, text):
+                fail("reasoning_segments", problem)
+            cuts["reasoning_segments"] = segments
+        if levels is not None:
+            levels = [moved(end) for end in levels] if isinstance(levels, list) else levels
+            if problem := check_levels(levels, text):
+                fail("reasoning_levels", problem)
+            cuts["reasoning_levels"] = levels
+        return cuts
 
     def _call(self, call: Any, where: str, known: set[str]) -> dict:
         body = call.get("function", call) if isinstance(call, dict) else None
@@ -393,8 +483,8 @@ class _Checker:
             self.fail(f"{where}.arguments", "is missing")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
-            except json.JSONDecodeError as error:
+                arguments = read_json(arguments)
+            except ValueError as error:
                 self.fail(f"{where}.arguments", f"is not JSON: {error}: {arguments!r:.80}")
         if not isinstance(arguments, dict):
             self.fail(f"{where}.arguments", f"must be a JSON object, got {arguments!r:.80}")

@@ -1,9 +1,14 @@
-"""Expert traces from ground-truth calls: each call is really run, and the reasoning names its goal."""
+"""Expert traces: made from ground-truth calls, each really run; judged, where a teacher made them; cut."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from pact_fast.data.formats import TAGS
+from pact_fast.data.segments import PREVIEW, TYPES, Segment, segment_reasoning
 
 Call = tuple[str, Mapping[str, Any]]
 MAX_GOAL = 160  # characters of a request or a description repeated in the reasoning
@@ -60,3 +65,90 @@ def shorten(text: str) -> str:
     if len(text) > MAX_GOAL:
         text = text[:MAX_GOAL].rsplit(" ", 1)[0] + " ..."
     return text if text.endswith((".", "?", "!")) else text + "."
+
+
+# -- which traces are kept -------------------------------------------------------------------------------
+
+# Text that would open a turn or a call of its own where it stands in a tool's response.
+TAINTED = re.compile(
+    r"<\|im_start\|>|<\|im_end\|>|<\|start_header_id\|>|<\|eot_id\|>"
+    r"|</?tool_call>|</?tool_response>|</?think>"
+    r"|^(?:assistant|user|system)\s*:",
+    re.MULTILINE | re.IGNORECASE,
+)
+
+
+def trace_problem(trace: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why a teacher's trace is removed (arXiv 2606.16215, appendix C), or None.
+
+    "invalid_tool": a call to a tool that is not offered; "malformed_turn": a turn that is empty or holds
+    tags;
+    "tainted_response": a tool response with role text or call tags in it; "no_call": nothing to teach.
+    """
+    known = {tool["function"]["name"] for tool in tools}
+    calls = 0
+    for message in trace:
+        if message["role"] == "tool":
+            if TAINTED.search(message["content"]):
+                return "tainted_response"
+        elif message["role"] == "assistant":
+            made = message.get("tool_calls") or []
+            calls += len(made)
+            if any(call["name"] not in known for call in made):
+                return "invalid_tool"
+            texts = (message.get("reasoning_content") or "", message.get("content") or "")
+            if not made and not any(text.strip() for text in texts):
+                return "malformed_turn"
+            if any(tag in text for text in texts for tag in TAGS):
+                return "malformed_turn"
+    return None if calls else "no_call"
+
+
+# -- an annotator's cuts ---------------------------------------------------------------------------------
+
+ANNOTATOR_PROMPT = (
+    "You cut the reasoning of a tool-using agent into consecutive segments and name each one's type. Types: "
+    + ", ".join(TYPES)
+    + ". A segment is explicit_call_preview where it shows the literal call or words that give the call "
+    "away. Copy the text of every segment exactly; together they are the whole reasoning, in order. Answer "
+    'with JSON alone: {"segments": [{"type": "...", "text": "..."}, ...]}'
+)
+
+
+def annotator_messages(message: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The request that has an assistant message's reasoning cut by an annotator."""
+    calls = json.dumps(list(message.get("tool_calls") or []), ensure_ascii=False)
+    asked = f"Calls of the turn: {calls}\n\nReasoning:\n{message['reasoning_content']}"
+    return [{"role": "system", "content": ANNOTATOR_PROMPT}, {"role": "user", "content": asked}]
+
+
+def read_annotation(answer: str, message: Mapping[str, Any]) -> list[Segment]:
+    """The segments in an annotator's answer. What the rules know to be a preview of the call stays one.
+
+    Raises ValueError where the answer is not the JSON asked for, or its texts are not those of the turn, in
+    order and whole.
+    """
+    fenced = re.search(r"```(?:json)?\s*(.*?)```", answer, re.DOTALL)
+    try:
+        value = json.loads(fenced.group(1) if fenced else answer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the answer is not JSON: {error}") from None
+    items = value.get("segments") if isinstance(value, dict) else None
+    if not isinstance(items, list) or not items:
+        raise ValueError("the answer has no list 'segments'")
+    text, position = str(message["reasoning_content"]), 0
+    rules = segment_reasoning(text, message.get("tool_calls") or [])[0]
+    segments = []
+    for i, item in enumerate(items):
+        kind, part = (item.get("type"), item.get("text")) if isinstance(item, dict) else (None, None)
+        if kind not in TYPES or not isinstance(part, str) or not part.strip():
+            raise ValueError(f"segments[{i}]: must have a known type and a text, got {item!r:.80}")
+        start = position + len(text[position:]) - len(text[position:].lstrip())
+        if not text.startswith(part.strip(), start):
+            raise ValueError(f"segments[{i}]: its text is not the turn's next: {part!r:.60}")
+        position = start + len(part.strip())
+        gives_away = any(r.type == PREVIEW and r.start < position and start < r.end for r in rules)
+        segments.append(Segment(PREVIEW if gives_away else kind, start, position))
+    if text[position:].strip():
+        raise ValueError(f"the segments leave out {text[position:].strip()!r:.60}")
+    return segments

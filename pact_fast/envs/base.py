@@ -50,13 +50,17 @@ class StepResult:
 @dataclass(frozen=True)
 class Outcome:
     """A finished episode: the reward RL uses, whether the task is solved, the environment's own scores by
-    name, the number of calls made, and for an unsolved task one of FAILURE_KINDS."""
+    name, the number of calls made, and for an unsolved task one of FAILURE_KINDS.
+
+    turn_rewards: of each turn, in the place of what `step` gave, where a turn's reward is known at the end
+    alone."""
 
     reward: float
     solved: bool
     scores: dict[str, float] = field(default_factory=dict)
     calls: int = 0
     failure: str | None = None
+    turn_rewards: tuple[float, ...] | None = None
 
 
 @dataclass

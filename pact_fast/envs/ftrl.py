@@ -7,9 +7,8 @@ list of calls {"name", "arguments"}), from which an expert trace is made, or an 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +16,28 @@ from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record
 from pact_fast.data.traces import Call, trace_from_calls
 from pact_fast.envs.base import Outcome
-from pact_fast.envs.call_matching import match_calls
+from pact_fast.envs.call_matching import REWARDS
 from pact_fast.envs.python_tools import (
     PythonToolsEnv,
     PythonToolsSettings,
     SourceEpisode,
+    answers_of,
+    check_reward,
     solve_scores,
 )
 
-REWARDS = ("turn_f1", "solve_f1", "call_matching", "call_matching_greedy")
 STRAY_TAGS = ("<tool_call>", "</tool_call>")
 
 
 @dataclass(frozen=True)
 class FtrlSettings(PythonToolsSettings):
     """reward: "turn_f1" (published: per turn 2s/(n+1) for n calls of which s solve something), "solve_f1"
-    (of the whole episode), "call_matching" or "call_matching_greedy" (per turn, calls matched with
-    `ground_truth`)."""
+    (of the whole episode), "call_matching" or "call_matching_greedy" (calls matched with `ground_truth`)."""
 
     reward: str = "turn_f1"
 
     def __post_init__(self) -> None:
-        if self.reward not in REWARDS:
-            raise ValueError(f"env.ftrl.reward: one of {', '.join(REWARDS)}, got {self.reward!r}")
-
-
-@dataclass
-class FtrlEpisode(SourceEpisode):
-    unmatched: list[tuple[str, dict]] = field(default_factory=list)  # ground-truth calls not yet matched
-    matched: float = 0.0  # similarity gathered so far
+        check_reward("ftrl", self, ("turn_f1", "solve_f1", *REWARDS))
 
 
 class FtrlEnv(PythonToolsEnv):
@@ -54,9 +46,8 @@ class FtrlEnv(PythonToolsEnv):
 
     `solved`: every answer of the unsolved set was given by a call. The episode's reward is the mean of its
     turn rewards, or Solve-F1 with reward="solve_f1". A turn without a readable call gets, by the first rule
-    that fits: -0.5 empty,
-    -0.3 stray or unreadable tool tags, 1/(1 + answers left) if it holds the final answer, 0.5 if all are
-    solved, else 0.
+    that fits: -0.5 empty, -0.3 stray or unreadable tool tags, 1/(1 + answers left) if it holds the final
+    answer, 0.5 if all are solved, else 0.
     """
 
     name = "ftrl"
@@ -68,12 +59,6 @@ class FtrlEnv(PythonToolsEnv):
             raise ValueError(f"{record.source}: record {record.id!r}: unsolved_set: is missing or empty")
         if record.env.get("data_source"):  # as published: self/single_hop, self/multi_hop, ...
             record.env["category"] = str(record.env["data_source"]).rsplit("/", 1)[-1]
-        record.env["true_calls"] = ground_truth(record)
-        if record.env["true_calls"] is None and self.settings.reward.startswith("call_matching"):
-            raise ValueError(
-                f"{record.source}: record {record.id!r}: ground_truth: is missing; "
-                f"reward={self.settings.reward!r} needs it, reward='turn_f1' does not"
-            )
         return record
 
     def _read(self, path: Path) -> list[Record]:
@@ -93,72 +78,30 @@ class FtrlEnv(PythonToolsEnv):
             turn = AssistantTurn("", "", (ToolCall(call[0], dict(call[1]), None, ""),), "", True)
             return self.step(episode, [turn])[0].tool_responses[0]
 
-        answer = f"The answer is {record.env['answer']}."
+        answer = f"The answer is {', '.join(answers_of(record))}."
+        if self.settings.matches_calls:
+            answer = f"<answer>{', '.join(answers_of(record))}</answer>"
         return trace_from_calls(record.prompt[-1]["content"], record.tools, truth, run, answer)
-
-    def _episode(self, record: Record) -> FtrlEpisode:
-        remaining = {tool: list(answers) for tool, answers in record.env["unsolved_set"].items()}
-        return FtrlEpisode(record, remaining=remaining, unmatched=list(record.env["true_calls"] or ()))
 
     def _turn_reward(self, episode: Any, turn: AssistantTurn, newly: int) -> float:
         readable = [call for call in turn.tool_calls if call.error is None]
         if not readable:
             return self._closing_reward(episode, turn)
-        if self.settings.reward.startswith("call_matching"):
-            return self._match(episode, [(call.name, call.arguments or {}) for call in readable])
         return 2 * newly / (len(readable) + 1)
 
-    def _match(self, episode: FtrlEpisode, calls: list[tuple[str, dict]]) -> float:
-        """Matches the turn's calls with the ground truth still open: mean similarity over the calls of the
-        turn."""
-        pairs = match_calls(calls, episode.unmatched, greedy=self.settings.reward.endswith("greedy"))
-        used = {j for _, j, _ in pairs}
-        episode.unmatched = [truth for j, truth in enumerate(episode.unmatched) if j not in used]
-        gained = sum(s for *_, s in pairs)
-        episode.matched += gained
-        return gained / len(calls)
-
-    def _closing_reward(self, episode: FtrlEpisode, turn: AssistantTurn) -> float:
-        answer = str(episode.record.env.get("answer", "")).lower().replace(",", "").strip()
+    def _closing_reward(self, episode: SourceEpisode, turn: AssistantTurn) -> float:
+        answers = [a.lower().replace(",", "").strip() for a in answers_of(episode.record)]
         if not turn.content and not turn.tool_calls:
             return -0.5
         if turn.tool_calls or any(tag in turn.content for tag in STRAY_TAGS):
             return -0.3
-        if answer and answer in turn.content.lower().replace(",", ""):
+        if any(answer in turn.content.lower().replace(",", "") for answer in answers):
             return 1 / (1 + episode.unsolved)
         return 0.5 if episode.unsolved == 0 else 0.0
 
     def _outcome(self, episode: Any, truncated: str | None) -> Outcome:
         scores = solve_scores(episode) | {"answer": float(self._answered(episode))}
-        truth = episode.record.env["true_calls"]
-        if truth and self.settings.reward.startswith("call_matching"):
-            scores["call_match"] = 2 * episode.matched / (episode.calls + len(truth))
         reward = scores["solve_f1"]
         if self.settings.reward != "solve_f1":
             reward = sum(episode.turn_rewards) / len(episode.turn_rewards) if episode.turn_rewards else -0.5
         return self._book(episode, truncated, reward, episode.unsolved == 0, scores)
-
-
-def ground_truth(record: Record) -> list[tuple[str, dict]] | None:
-    """The record's ground-truth calls as (name, arguments), or None. Raises ValueError naming file, record,
-    field."""
-    value = record.env.get("ground_truth")
-    where = f"{record.source}: record {record.id!r}: ground_truth"
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: is text but not JSON: {error}") from None
-    calls = []
-    for i, call in enumerate(value):
-        call = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ValueError(f"{where}[{i}]: must be an object with name and arguments, got {call!r:.80}")
-        arguments = call.get("arguments") or {}
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        if call["name"] not in record.env["codes"]:
-            raise ValueError(f"{where}[{i}].name: no tool named {call['name']!r}")
-        calls.append((call["name"], arguments))
-    return calls

@@ -1,26 +1,39 @@
-"""Tasks whose tools are Python source: the environment of one's own tools, and the ground FTRL and ToolHop
-stand on.
+"""Tasks whose tools are Python source: the environment of one's own tools, and the ground of FTRL and
+ToolHop.
 
-A record's `env` holds `codes` ({tool name: source that defines a function of that name}) and `answer`. The
-source is
-untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result becomes text the way
-FTRL does
-it: dicts and lists as JSON, text as it is, all else through str().
+A record's `env` holds `codes` ({tool name: source that defines a function of that name}), and `answer`
+(text, a number, or a list of alternatives) or `unsolved_set` ({tool name: values its calls should give}), or
+both. The source is untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result
+becomes text the way FTRL does it: dicts and lists as JSON, text as it is, all else through str().
 """
 
 from __future__ import annotations
 
-import json
+import ast
+import difflib
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
+from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.call_matching import (
+    REWARDS,
+    Call,
+    answer_f1,
+    match_turns,
+    need_reference_calls,
+    reference_calls,
+    tagged_answer,
+)
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
+
+KNOWN = ("codes", "answer", "unsolved_set", "ground_truth")  # fields that this module and its heirs read
 
 RENDER = """
 def render_result(name, arguments):
@@ -34,7 +47,13 @@ def render_result(name, arguments):
 
 @dataclass(frozen=True)
 class PythonToolsSettings:
-    """Files of records (.jsonl or .parquet) and how their tools are run."""
+    """Files of records (.jsonl or .parquet), how their tools are run, and how episodes are rewarded.
+
+    reward: "solve" (answer and sub-answers), or "call_matching" / "call_matching_greedy": calls matched with
+    the record's `ground_truth`, the answer in <answer> tags by words (pact_fast.envs.call_matching).
+    unmatched_penalty: what a call without a match loses. answer_instruction: with call matching, what is
+    added to a prompt that does not speak of <answer>; empty: nothing.
+    """
 
     train_path: str | None = None
     validation_path: str | None = None  # None: drawn from the training file
@@ -42,9 +61,10 @@ class PythonToolsSettings:
     validation_tasks: int = 32  # drawn from the training file where validation_path is None
     seed: int = 0  # of that draw
 
-    answer_weight: float = (
-        0.5  # `python` only: share of the reward for the final answer, the rest for sub-answers
-    )
+    reward: str = "solve"
+    answer_weight: float = 0.5  # of "solve": share for the final answer, the rest for sub-answers
+    unmatched_penalty: float = 0.0
+    answer_instruction: str = "Put the final answer between <answer> and </answer>."
     max_consecutive_invalid: int = 3  # unreadable or unknown calls; then the episode ends
     max_response_length: int = (
         4096  # characters of a tool's response; the rest is cut off, and the cut is said
@@ -52,6 +72,19 @@ class PythonToolsSettings:
     workers: int = 2
     time_limit: float = 10.0  # seconds per call
     memory_mb: int = 512  # per worker
+
+    def __post_init__(self) -> None:
+        check_reward("python", self, ("solve", *REWARDS))
+
+    @property
+    def matches_calls(self) -> bool:
+        return self.reward in REWARDS
+
+
+def check_reward(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
+    """Raises ValueError for a reward that environment `name` does not have."""
+    if settings.reward not in rewards:
+        raise ValueError(f"env.{name}.reward: one of {', '.join(rewards)}, got {settings.reward!r}")
 
 
 @dataclass
@@ -63,6 +96,7 @@ class SourceEpisode(Episode):
     valid_calls: int = 0
     turn_rewards: list[float] = field(default_factory=list)
     called: list[ToolCall] = field(default_factory=list)
+    turn_calls: list[list[Call]] = field(default_factory=list)  # of each turn; an unreadable one is ("", {})
     content: str = ""
     closed: bool = False  # ended by a turn without calls
     last_response: str | None = None  # the tool message just before the last assistant turn, if there is one
@@ -83,7 +117,7 @@ class PythonToolsEnv:
     record has one.
 
     `env` of a record: `codes`, `answer`, and optionally `unsolved_set` ({tool name: [values its calls
-    should give]}).
+    should give]}) and `ground_truth` (the calls of a good solution, for reward="call_matching").
     """
 
     name = "python"
@@ -133,13 +167,41 @@ class PythonToolsEnv:
 
     def _prepare(self, record: Record) -> Record:
         """The record, its fields for this environment decoded (in place) and checked; twice does no harm."""
+        env = record.env
         for key, required in (("codes", True), ("unsolved_set", False)):
-            record.env[key] = decoded(record, key, required)
+            env[key] = decoded(record, key, required)
         for tool in record.tools:
             name = tool["function"]["name"]
-            if name not in record.env["codes"]:
-                raise ValueError(f"{record.source}: record {record.id!r}: codes: no source for tool {name!r}")
+            if name not in env["codes"]:
+                bad_field(record, "codes", f"no source for tool {name!r}")
+        for name, source in env["codes"].items():
+            check_source(record, name, source)
+        if env["unsolved_set"] is not None:
+            env["unsolved_set"] = {
+                tool: gold_answers(record, f"unsolved_set.{tool}", value)
+                for tool, value in env["unsolved_set"].items()
+            }
+            for tool in env["unsolved_set"].keys() - env["codes"].keys():
+                bad_field(record, "unsolved_set", f"answers of tool {tool!r}, which `codes` does not hold")
+        if env.get("answer") is not None:
+            gold_answers(record, "answer", env["answer"])
+        elif not env["unsolved_set"]:
+            near = difflib.get_close_matches("answer", [key for key in env if key not in KNOWN], 1)
+            bad_field(record, "answer", "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
+        env["true_calls"] = reference_calls(record)
+        if self.settings.matches_calls:
+            need_reference_calls(record, env["true_calls"], self.settings.reward)
+            record = self._asking_for_tags(record)
         return record
+
+    def _asking_for_tags(self, record: Record) -> Record:
+        """The record with the instruction on <answer> tags, where its prompt does not speak of them."""
+        instruction = self.settings.answer_instruction
+        if not instruction or any("<answer>" in message["content"] for message in record.prompt):
+            return record
+        last = record.prompt[-1]
+        asked = {**last, "content": f"{last['content']}\n{instruction}"}
+        return replace(record, prompt=(*record.prompt[:-1], asked))
 
     # Episodes
 
@@ -172,6 +234,7 @@ class PythonToolsEnv:
         self, episode: SourceEpisode, turn: AssistantTurn, results: Iterator[CallResult]
     ) -> StepResult:
         episode.content = turn.content
+        episode.turn_calls.append([(call.name, call.arguments or {}) for call in turn.tool_calls])
         if not turn.tool_calls:
             episode.done = episode.closed = True
             reward = self._turn_reward(episode, turn, 0)
@@ -235,32 +298,52 @@ class PythonToolsEnv:
         return float(self._answered(episode))
 
     def _answered(self, episode: SourceEpisode) -> bool:
-        answer = episode.record.env.get("answer")
-        return answer is not None and episode.closed and matches(episode.content, str(answer))
+        return episode.closed and any(matches(episode.content, gold) for gold in answers_of(episode.record))
 
     def _outcome(self, episode: SourceEpisode, truncated: str | None) -> Outcome:
         scores = solve_scores(episode) | {"answer": float(self._answered(episode))}
         weight = self.settings.answer_weight if episode.record.env.get("unsolved_set") else 1.0
-        reward = weight * scores["answer"] + (1 - weight) * scores["solve_f1"]
+        reward = weight * scores["answer"] + (1 - weight) * scores.get("solve_f1", 0.0)
         return self._book(episode, truncated, reward, scores["answer"] == 1.0, scores)
 
-    @staticmethod
-    def _book(episode: SourceEpisode, truncated: str | None, reward: float, solved: bool, scores) -> Outcome:
+    def _book(
+        self,
+        episode: SourceEpisode,
+        truncated: str | None,
+        reward: float,
+        solved: bool,
+        scores: dict[str, float],
+    ) -> Outcome:
+        """The outcome; with call matching the reward is the sum of the turns' rewards, whatever is given."""
         failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
-        return Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        outcome = Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        if not self.settings.matches_calls:
+            return outcome
+        references = episode.record.env["true_calls"]
+        greedy, penalty = self.settings.reward.endswith("greedy"), self.settings.unmatched_penalty
+        matched = match_turns(episode.turn_calls, references, greedy=greedy, penalty=penalty)
+        rewards = list(matched.turn_rewards)
+        if episode.closed:
+            given = tagged_answer(episode.content)
+            rewards[-1] = max((answer_f1(given, gold) for gold in answers_of(episode.record)), default=0.0)
+        total = episode.calls + len(references)
+        scores = scores | {"call_match": 2 * matched.total / total if total else 1.0}
+        return replace(outcome, reward=sum(rewards), scores=scores, turn_rewards=tuple(rewards))
 
     def close(self) -> None:
         self.sandbox.close()
 
 
 def solve_scores(episode: SourceEpisode) -> dict[str, float]:
-    """Solve-P = S/C (1 where C = 0), Solve-R = S/U, Solve-F1 = 2S/(C+U); 1 for a record without
-    sub-answers."""
+    """Solve-P = S/C (1 where C = 0), Solve-R = S/U, Solve-F1 = 2S/(C+U); none for a record without
+    sub-answers, which nothing can solve."""
     solved, calls, total = episode.solved, episode.calls, episode.solved + episode.unsolved
+    if not total:
+        return {}
     return {
         "solve_p": solved / calls if calls else 1.0,
-        "solve_r": solved / total if total else 1.0,
-        "solve_f1": 2 * solved / (calls + total) if total else 1.0,
+        "solve_r": solved / total,
+        "solve_f1": 2 * solved / (calls + total),
     }
 
 
@@ -268,16 +351,65 @@ def decoded(record: Record, key: str, required: bool) -> Any:
     """A field of `env` that files hold as JSON text or as an object. Raises ValueError naming file, record,
     field."""
     value = record.env.get(key)
-    where = f"{record.source}: record {record.id!r}: {key}"
     if value is None and not required:
         return None
     if value is None:
-        raise ValueError(f"{where}: is missing")
+        near = difflib.get_close_matches(key, [k for k in record.env if k not in KNOWN], 1)
+        bad_field(record, key, "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: is text but not JSON: {error}") from None
+            value = read_json(value)
+        except ValueError as error:
+            bad_field(record, key, f"is text but not JSON: {error}")
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: must be an object, got {type(value).__name__}")
+        bad_field(record, key, f"must be an object, got {type(value).__name__}")
     return value
+
+
+def gold_answers(record: Record, key: str, value: Any) -> list[str]:
+    """Gold answers as texts: a text or a number is one, a list holds several. ValueError for anything else,
+    and for an answer without text, which every output would hold."""
+    answers = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            bad_field(record, key, f"must be text, a number or a list of them, got {item!r:.80}")
+        text = str(item)
+        if not text.replace(",", "").strip():
+            bad_field(record, key, "is empty: every output would hold it")
+        answers.append(text)
+    if not answers:
+        bad_field(record, key, "is an empty list")
+    return answers
+
+
+def answers_of(record: Record) -> list[str]:
+    """The alternatives of the record's gold answer; empty without one."""
+    value = record.env.get("answer")
+    return [] if value is None else gold_answers(record, "answer", value)
+
+
+def check_source(record: Record, name: str, source: Any) -> None:
+    """ValueError unless `source` is Python that binds `name` at its top level."""
+    if not isinstance(source, str):
+        bad_field(record, f"codes.{name}", f"must be Python source, got {type(source).__name__}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        bad_field(record, f"codes.{name}", f"is not Python: {error}")
+    if not any(name in _bound_names(node) for node in ast.walk(tree)):
+        bad_field(record, f"codes.{name}", f"defines no function {name!r}")
+
+
+def _bound_names(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.alias):
+        yield node.asname or node.name
+
+
+def bad_field(record: Record, key: str, problem: str) -> NoReturn:
+    raise ValueError(f"{record.source}: record {record.id!r}: {key}: {problem}")

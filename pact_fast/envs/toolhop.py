@@ -7,7 +7,6 @@ benchmark's own text into `prompt_template` to compare with published numbers.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
+from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, parse_record
 from pact_fast.envs.base import Outcome
-from pact_fast.envs.python_tools import PythonToolsEnv, PythonToolsSettings, SourceEpisode, matches
+from pact_fast.envs.python_tools import (
+    PythonToolsEnv,
+    PythonToolsSettings,
+    SourceEpisode,
+    answers_of,
+    check_reward,
+    matches,
+)
 from pact_fast.envs.sandbox.sandbox import Program, SandboxCall
 
 FORMAT = (
@@ -50,6 +57,7 @@ class ToolHopSettings(PythonToolsSettings):
             raise ValueError(f"env.toolhop.scenario: one of {', '.join(TEMPLATES)}, got {self.scenario!r}")
         if self.prompt_template is not None and "{question}" not in self.prompt_template:
             raise ValueError("env.toolhop.prompt_template: must contain {question}")
+        check_reward("toolhop", self, ("solve",))
 
 
 class ToolHopEnv(PythonToolsEnv):
@@ -93,12 +101,10 @@ class ToolHopEnv(PythonToolsEnv):
         return 0.0 if turn.tool_calls else float(self._answered(episode))
 
     def _answered(self, episode: SourceEpisode) -> bool:
-        answer = episode.record.env["answer"]
         if not episode.closed or not episode.content:
             return False
-        return matches(episode.content, answer) or (
-            episode.last_response is not None and matches(episode.last_response, answer)
-        )
+        texts = [text for text in (episode.content, episode.last_response) if text is not None]
+        return any(matches(text, answer) for text in texts for answer in answers_of(episode.record))
 
     def _outcome(self, episode: SourceEpisode, truncated: str | None) -> Outcome:
         right = float(self._answered(episode))
@@ -109,13 +115,18 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
     """(line or position, row) of a .jsonl file or of a .json file that holds a list."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such ToolHop file")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            return [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-        return list(enumerate(json.loads(text), 1))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from None
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    lines = list(enumerate(text.split(b"\n"), 1)) if path.suffix == ".jsonl" else [(1, text)]
+    rows = []
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            value = read_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: is not JSON: {error}") from None
+        rows += [(number, value)] if path.suffix == ".jsonl" else list(enumerate(value, 1))
+    return rows
 
 
 def by_name(functions: list[str], where: str) -> dict[str, str]:

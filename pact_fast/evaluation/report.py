@@ -2,7 +2,7 @@
 
 Reads, all written by the trainer and each optional but the first:
     metrics.jsonl     see metrics.py
-    summary.json      scores of the base and the trained model; see compare.py for its fields
+    summary.json      scores of the base and the trained model; see sweep.py for its fields
     transcript.json   one held-out task as the trained model did it:
                       {"task": str, "solved": bool, "reward": float, "failure": str | None,
                        "expected": str | None, "pieces": [{"role", "component", "text"}, ...]}

@@ -115,6 +115,15 @@ class Run:
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def minutes(self) -> float | None:
+        """How long the run took, by the clock of its folder; None before it has ended."""
+        begun, ended = self.folder / "compare.json", self.folder / "summary.json"
+        return (
+            (ended.stat().st_mtime - begun.stat().st_mtime) / 60
+            if ended.exists() and begun.exists()
+            else None
+        )
+
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Reads and checks a plan file. Raises ValueError naming the file, the key and what is allowed."""
@@ -212,6 +221,8 @@ def execute(
     """Runs what is not finished yet, `jobs` at a time, each a subprocess. Returns the runs that failed."""
     todo = [run for run in runs if not _finished(run)]
     console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before, {jobs} at a time")
+    if todo:
+        console.print(f"  {cost(runs, todo, jobs)}")
     children: set[subprocess.Popen[bytes]] = set()
     lock = threading.Lock()
     stopping = threading.Event()
@@ -253,6 +264,15 @@ def execute(
                     child.terminate()
             raise
     return failed
+
+
+def cost(runs: Sequence[Run], todo: Sequence[Run], jobs: int) -> str:
+    """What `todo` will take, from the minutes that finished runs of the same plan took."""
+    minutes = [m for run in runs if (m := run.minutes()) is not None]
+    if not minutes:
+        return "how long: not known before the first has ended (each prints its minutes)"
+    each = sum(minutes) / len(minutes)
+    return f"how long: about {each * -(-len(todo) // jobs):.0f} minutes ({each:.1f} a run so far)"
 
 
 def choose(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:

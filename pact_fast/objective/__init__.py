@@ -4,7 +4,7 @@ Every training method is a choice of these weights over the same packed pass (ar
 2402.03300; CHORD: arXiv 2508.11408).
 """
 
-from pact_fast.objective.advantages import ADVANTAGE_MODES, group_advantages, turn_advantages
+from pact_fast.objective.advantages import ADVANTAGE_MIXES, ADVANTAGE_MODES, group_advantages, turn_advantages
 from pact_fast.objective.anchoring import anchor_mask
 from pact_fast.objective.presets import PRESETS, ObjectiveConfig
 from pact_fast.objective.schedules import (
@@ -15,9 +15,15 @@ from pact_fast.objective.schedules import (
     sft_strength,
     tool_call_scale,
 )
-from pact_fast.objective.weights import NORMALIZATIONS, policy_token_weight, sft_token_strengths
+from pact_fast.objective.weights import (
+    NORMALIZATIONS,
+    policy_token_weight,
+    sft_token_strengths,
+    sft_token_weights,
+)
 
 __all__ = [
+    "ADVANTAGE_MIXES",
     "ADVANTAGE_MODES",
     "NORMALIZATIONS",
     "PRESETS",
@@ -31,6 +37,7 @@ __all__ = [
     "reasoning_level",
     "sft_strength",
     "sft_token_strengths",
+    "sft_token_weights",
     "tool_call_scale",
     "turn_advantages",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_MODES = ("group", "group_mean", "turn")
+ADVANTAGE_MIXES = ("sum", "mean")
 STD_EPSILON = 1e-6
 
 
@@ -55,27 +56,36 @@ def turn_advantages(
     group_ids: Sequence[Hashable],
     *,
     gamma: float = 0.9,
+    mix: str = "sum",
 ) -> list[Tensor]:
-    """Turn-level advantages: ``(A_traj + A_turn) / 2``, one value a turn.
+    """Turn-level advantages: ``A_traj + A_turn``, one value a turn (arXiv 2606.16215, equations 30 to 32).
 
-    ``A_turn`` z-scores the discounted turn rewards ``sum_k gamma^k r[t+k]`` over those members of the group
-    that have a turn t; ``A_traj`` is `group_advantages` of the whole-episode rewards.
+    ``A_turn`` z-scores the turn returns ``sum_u gamma^(u-t) r[u]`` over those members of the group that
+    have a turn t, and is 0 for a turn that one member alone reaches; ``A_traj`` is `group_advantages` of the
+    whole-episode rewards.
 
     Args:
         turn_rewards: per rollout, the reward of each assistant turn.
         rewards: [N] whole-episode rewards.
         group_ids: [N] the prompt of each rollout.
         gamma: discount per turn.
+        mix: "sum" as the paper writes it, or "mean", half of that, as MatchTIR's code has it.
 
     Returns:
         Per rollout, float32 [turns].
+
+    Raises:
+        ValueError: lengths differ, a reward is not finite, or the mix is unknown.
     """
+    if mix not in ADVANTAGE_MIXES:
+        raise ValueError(f"mix={mix!r} is not one of {ADVANTAGE_MIXES}")
     if len(turn_rewards) != len(rewards):
         raise ValueError(f"turn_rewards has {len(turn_rewards)} rollouts, rewards {len(rewards)}")
     trajectory = group_advantages(rewards, group_ids)
     groups = _group_index(group_ids)
     returns = [_discounted(r, gamma) for r in turn_rewards]
-    out = [torch.full((len(r),), float(a) / 2) for r, a in zip(returns, trajectory, strict=True)]
+    share = 1.0 if mix == "sum" else 0.5
+    out = [torch.full((len(r),), share * float(a)) for r, a in zip(returns, trajectory, strict=True)]
     for turn in range(max((len(r) for r in returns), default=0)):
         for group in set(groups):
             members = [i for i, g in enumerate(groups) if g == group and len(returns[i]) > turn]
@@ -83,7 +93,7 @@ def turn_advantages(
                 continue
             scores = _standardise(torch.tensor([returns[i][turn] for i in members], dtype=torch.float64))
             for i, score in zip(members, scores, strict=True):
-                out[i][turn] += float(score) / 2
+                out[i][turn] += share * float(score)
     return out
 
 

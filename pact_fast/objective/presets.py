@@ -1,74 +1,122 @@
-"""What is optimised, and the presets: every training method is a choice of these values."""
+"""What is optimised, and the presets: every training method is a choice of these values.
+
+The defaults are PACT as its paper has it (arXiv 2606.16215, equations 4 to 14 and algorithm 1). Per prompt
+i of P, with the prompt x, the expert trace h, c = [x; h], and one draw z_i ~ Bernoulli(q) shared by its
+rollouts:
+
+    L_i = L_RL(c) + sft_weight L_SFT     where z_i = 0
+    L_i = L_RL(x)                        where z_i = 1
+    loss = mean of L_i over the prompts of a mini-batch
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pact_fast.keys import count, key, share
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is optimised; every preset is a choice of these.
+    """What is optimised; every preset is a choice of these"""
 
-    rl_context: context of the policy ratio: "trace" c(x,h), "prompt" x, "none" no policy term.
-    anchor_probability: q, share of prompts that use the prompt-only ratio although rl_context is "trace".
-    ratio_denominator: "context" is pi_old under the ratio's own context; "rollout" is pi_old as the tokens
-        were drawn, under x: the clip then also brakes a token that c(x,h) has already made unlikely (or
-        likely).
-    rl_start: share of the steps before which no policy term is used (sft-then-grpo).
-    sft_targets: "components" (annealed), "all" (every assistant token), "none". sft_end: share of the steps
-    after which
-        no SFT term is used. sft_weight: alpha. mu_start, mu_end: CHORD's global weight, loss (1-mu) RL + mu
-        SFT.
-    trace_observations: whether tool responses stay in the trace.
-    beta: KL penalty to the policy before training, k3 estimator, under the context of the ratio.
-    importance_ratio_cap: C; every advantage is multiplied by min(pi_old(y|x) / pi_engine(y|x), C), the
-        trainer's over the engine's probability of the token as it was drawn (TIS). None: off.
-    skip_zero_advantage: rollouts whose advantage is exactly 0 leave the pass (they still count in the
-    normalisation).
-    """
+    # The policy term.
+    rl_context: Literal["trace", "prompt", "none"] = key(
+        "trace", "context of the policy ratio: trace (c = [x; h]), prompt (x), none (no policy term)"
+    )
+    anchor_probability: float = share(0.4, "q, share of prompts with the prompt-only ratio where it is trace")
+    trace_context: Literal["concat", "message"] = key(
+        "concat",
+        "h in c: turns of the conversation, as the SFT term teaches them, or text in the user message",
+    )
+    trace_reasoning: bool = key(True, "reasoning stays in h")
+    trace_calls: bool = key(True, "tool calls stay in h")
+    trace_observations: bool = key(True, "tool responses stay in h")
+    trace_answer: bool = key(
+        False, "the final answer is part of h; the paper leaves it out: it would be known"
+    )
+    ratio_denominator: Literal["context", "rollout"] = key(
+        "context", "pi_old under the ratio's own context, or as the tokens were drawn, under x"
+    )
+    rl_start: float = share(0.0, "share of the steps before which there is no policy term (sft-then-grpo)")
+    advantages: str = key(
+        "turn", "turn (the trajectory's and a turn's part), group, or group_mean (no division)"
+    )
+    advantage_mix: Literal["sum", "mean"] = key("sum", "of the trajectory's and the turn's part")
+    turn_discount: float = share(0.9, "gamma of the turn returns")
+    normalization: str = key(
+        "prompt",
+        "of the policy term: prompt (mean in a prompt, then over prompts), token, sequence, constant",
+    )
+    epsilon: float = key(0.2, "clip range of the ratio; a large one (1e6) switches clipping off", above=0)
+    epsilon_high: float | None = key(None, "upper clip range; none: epsilon", above=0)
+    dual_clip: float | None = key(
+        None, "bound on the loss where the advantage is negative; none: off", above=1
+    )
+    beta: float = key(0.0, "KL penalty to the policy before training (k3), under the ratio's context", low=0)
+    importance_ratio_cap: float | None = key(
+        None, "cap of pi_old(y|x) / pi_engine(y|x), which then multiplies every advantage; none: off", above=0
+    )
+    entropy_coef: float = key(0.0, "bonus for entropy", low=0)
+    skip_zero_advantage: bool = key(
+        True, "rollouts with advantage 0 leave the pass (they still count in means)"
+    )
+    # The SFT term.
+    sft_targets: Literal["components", "all", "none"] = key(
+        "components", "components (annealed), all (every assistant token), none"
+    )
+    sft_weight: float = key(0.1, "beta_SFT", low=0)
+    sft_end: float = share(1.0, "share of the steps after which there is no SFT term")
+    sft_on_anchored: bool = key(False, "an anchored prompt has an SFT term, too")
+    sft_normalization: Literal["prompt", "token"] = key(
+        "prompt", "by the sum of a prompt's strengths, then prompts; or by the batch's supervised tokens"
+    )
+    mu_start: float | None = share(None, "CHORD's weight at the start: loss (1-mu) RL + mu SFT; none: off")
+    mu_end: float | None = share(None, "CHORD's weight at the end")
+    reasoning_anneal: Literal["segment", "token", "sequence", "fixed", "none"] = key(
+        "segment",
+        "what of a turn's reasoning is supervised: a prefix of chunks, of tokens, ... (docs/method.md)",
+    )
+    reasoning_levels: int = count(4, "levels above 0 that reasoning falls through")
+    call_anneal: Literal["scale", "token", "sequence", "fixed", "none"] = key(
+        "scale", "strength of calls: falls from tool_call_start to tool_call_end, ... (docs/method.md)"
+    )
+    tool_call_start: float = share(0.8, "lambda at the start")
+    tool_call_end: float = share(0.2, "lambda at the end")
+    structure_strength: Literal["call", "all", "none"] = key(
+        "call",
+        "tags around calls and the end of a calling turn as calls; think tags and every end, too; none",
+    )
+    answer_strength: float = share(0.0, "of text beside or after the calls")
 
-    rl_context: Literal["trace", "prompt", "none"] = "trace"
-    anchor_probability: float = 0.3
-    ratio_denominator: Literal["context", "rollout"] = "context"
-    rl_start: float = 0.0
-    advantages: str = "group"
-    turn_discount: float = 0.9
-    normalization: str = "token"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    dual_clip: float | None = None
-    beta: float = 0.0
-    importance_ratio_cap: float | None = None
-    entropy_coef: float = 0.0
-    sft_targets: Literal["components", "all", "none"] = "components"
-    sft_weight: float = 1.0
-    sft_end: float = 1.0
-    mu_start: float | None = None
-    mu_end: float | None = None
-    reasoning_segments: int = 4
-    tool_call_start: float = 0.8
-    tool_call_end: float = 0.2
-    answer_strength: float = 0.0
-    trace_observations: bool = True
-    skip_zero_advantage: bool = True
 
+# Plain SFT: every assistant token of the whole trace, its answer too, each token of the batch alike.
+_SFT: dict[str, Any] = {"sft_targets": "all", "trace_answer": True, "sft_normalization": "token"}
+_SFT_ALONE = {**_SFT, "rl_context": "none", "sft_weight": 1.0}
+_SFT_THEN = {**_SFT, "rl_context": "prompt", "sft_weight": 1.0, "rl_start": 0.5, "sft_end": 0.5}
+_NO_ANCHOR: dict[str, Any] = {"anchor_probability": 0.0}  # all ablations of the paper
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pact": {},
-    "pact-no-anchor": {"anchor_probability": 0.0},
-    "pact-no-sft": {"sft_targets": "none"},
-    "pact-no-observation": {"trace_observations": False},
+    "pact-no-anchor": _NO_ANCHOR,  # table 2, "both"
+    "pact-no-sft": {**_NO_ANCHOR, "sft_targets": "none"},  # table 2, trace-conditioned RL alone
+    "prompt-rl+sft": {"rl_context": "prompt"},  # table 2, third row
+    "pact-no-reasoning": {**_NO_ANCHOR, "trace_reasoning": False},  # table 3
+    "pact-no-calls": {**_NO_ANCHOR, "trace_calls": False},
+    "pact-no-observation": {**_NO_ANCHOR, "trace_observations": False},
+    "pact-fixed-reasoning": {**_NO_ANCHOR, "reasoning_anneal": "fixed"},  # table 4
+    "pact-fixed-calls": {**_NO_ANCHOR, "call_anneal": "fixed"},
+    "pact-token-reasoning": {**_NO_ANCHOR, "reasoning_anneal": "token"},
+    "pact-token-calls": {**_NO_ANCHOR, "call_anneal": "token"},
+    "pact-reasoning-only": {**_NO_ANCHOR, "call_anneal": "none"},  # table 6
+    "pact-calls-only": {**_NO_ANCHOR, "reasoning_anneal": "none"},
+    "pact-one-sequence": {**_NO_ANCHOR, "reasoning_anneal": "sequence", "call_anneal": "sequence"},
     "component-sft": {"rl_context": "none", "sft_weight": 1.0},
-    "grpo": {"rl_context": "prompt", "sft_targets": "none"},
-    "sft": {"rl_context": "none", "sft_targets": "all", "sft_weight": 1.0},
-    "sft-then-grpo": {
-        "rl_context": "prompt",
-        "sft_targets": "all",
-        "sft_weight": 1.0,
-        "rl_start": 0.5,
-        "sft_end": 0.5,
-    },
-    "chord": {"rl_context": "prompt", "sft_targets": "all", "mu_start": 0.9, "mu_end": 0.05},
-    "matchtir": {"rl_context": "prompt", "sft_targets": "none", "advantages": "turn"},
+    "grpo": {"rl_context": "prompt", "sft_targets": "none", "advantages": "group"},
+    "matchtir": {"rl_context": "prompt", "sft_targets": "none"},  # table 2, prompt-only RL
+    "sft": _SFT_ALONE,
+    "sft-then-grpo": {**_SFT_THEN, "advantages": "group"},
+    "sft-then-matchtir": _SFT_THEN,
+    "chord": {**_SFT, "rl_context": "prompt", "advantages": "group", "mu_start": 0.9, "mu_end": 0.05},
 }

@@ -16,20 +16,22 @@ from pact_fast.objective.anchoring import anchor_mask
 from pact_fast.objective.presets import ObjectiveConfig
 
 
-def reasoning_level(progress: float, segments: int = 4) -> int:
-    """How many leading reasoning segments of a turn are supervised: ``ceil(K * (1 - progress))``, K -> 0.
+def reasoning_level(progress: float, levels: int = 4) -> int:
+    """The prefix level of reasoning that is supervised: ``max(0, K - floor((K + 1) progress))``, K -> 0.
+
+    Every level, 0 among them, has the same share of the steps.
 
     Args:
         progress: training progress in [0, 1].
-        segments: K, the segments a turn's reasoning is cut into.
+        levels: K, the levels above 0.
     """
     _check_progress(progress)
-    # The slack keeps exact multiples exact: 3 * (1 - 2/3) is 1.0000000000000002 in binary.
-    return max(0, math.ceil(segments * (1.0 - progress) - 1e-9))
+    # The slack keeps exact multiples exact: 5 * 0.6 may be 2.9999999999999996 in binary.
+    return max(0, levels - math.floor((levels + 1) * progress + 1e-9))
 
 
 def tool_call_scale(progress: float, start: float = 0.8, end: float = 0.2) -> float:
-    """Strength lambda of tool-call and structure tokens: linear from `start` at progress 0 to `end` at 1."""
+    """Strength lambda of tool-call tokens: linear from `start` at progress 0 to `end` at 1."""
     _check_progress(progress)
     return start + (end - start) * progress
 
@@ -41,40 +43,51 @@ def _check_progress(progress: float) -> None:
 
 @dataclass(frozen=True)
 class SFTStrength:
-    """Supervision of each component of an expert trace at one moment of training; 0 leaves a token out."""
+    """Supervision of each component of an expert trace at one moment of training; 0 leaves a token out.
+
+    reasoning, tool_call, answer: strengths. structure: which tags have the strength of calls
+    ("call", "all", "none"). level: of the reasoning prefix; None takes every reasoning token.
+    reasoning_share, call_share: share of the tokens of a turn's reasoning, of its calls, from the front;
+    sequence_share: of all supervised tokens of the trace.
+    """
 
     reasoning: float
-    reasoning_level: int
     tool_call: float
-    structure: float
-    answer: float
+    structure: str = "call"
+    answer: float = 0.0
+    level: int | None = None
+    reasoning_share: float = 1.0
+    call_share: float = 1.0
+    sequence_share: float = 1.0
 
 
-def sft_strength(
-    targets: str,
-    progress: float,
-    *,
-    segments: int = 4,
-    start: float = 0.8,
-    end: float = 0.2,
-    answer: float = 0.0,
-) -> SFTStrength | None:
-    """The component strengths of METHOD section 4 at `progress`.
-
-    Args:
-        targets: "components" (annealed PACT supervision), "all" (every assistant token with strength 1),
-        "none".
-        segments, start, end: see `reasoning_level` and `tool_call_scale`; used by "components" alone.
-        answer: strength of final-answer text under "components".
-    """
-    if targets == "none":
+def sft_strength(objective: ObjectiveConfig, progress: float) -> SFTStrength | None:
+    """The component strengths at `progress` in [0, 1] (arXiv 2606.16215, section 4.3); None without an SFT
+    term."""
+    o = objective
+    if o.sft_targets == "none":
         return None
-    if targets == "all":
-        return SFTStrength(1.0, segments, 1.0, 1.0, 1.0)
-    if targets != "components":
-        raise ValueError(f"targets={targets!r} is not one of 'components', 'all', 'none'")
-    scale = tool_call_scale(progress, start, end)
-    return SFTStrength(1.0, reasoning_level(progress, segments), scale, scale, answer)
+    if o.sft_targets == "all":
+        return SFTStrength(1.0, 1.0, "all", 1.0)
+    left, whole = 1.0 - progress, 1.0
+    calls = {
+        "scale": tool_call_scale(progress, o.tool_call_start, o.tool_call_end),
+        "token": o.tool_call_start,
+        "fixed": o.tool_call_start,
+        "sequence": 1.0,
+        "none": 0.0,
+    }
+    level = {"segment": reasoning_level(progress, o.reasoning_levels), "fixed": o.reasoning_levels}
+    return SFTStrength(
+        reasoning=0.0 if o.reasoning_anneal == "none" else 1.0,
+        tool_call=calls[o.call_anneal],
+        structure=o.structure_strength,
+        answer=o.answer_strength,
+        level=level.get(o.reasoning_anneal),
+        reasoning_share=left if o.reasoning_anneal == "token" else whole,
+        call_share=left if o.call_anneal == "token" else whole,
+        sequence_share=left if o.call_anneal == "sequence" else whole,
+    )
 
 
 def chord_mu(progress: float, start: float, end: float) -> float:
@@ -93,27 +106,17 @@ class Schedule:
         return self.objective.rl_context != "none" and progress >= self.objective.rl_start
 
     def anchored(self, prompt_ids: Sequence[str], step: int) -> dict[str, bool]:
-        """Per prompt id, whether the prompt-only ratio is used."""
-        q = self.objective.anchor_probability if self.objective.rl_context == "trace" else 1.0
+        """Per prompt id the draw z: whether the prompt-only ratio stands in for the trace-conditioned one."""
+        q = self.objective.anchor_probability if self.objective.rl_context == "trace" else 0.0
         drawn = anchor_mask(self.seed, step, prompt_ids, q).tolist()
         return dict(zip(prompt_ids, drawn, strict=True))
 
     def sft_strength(self, progress: float) -> SFTStrength | None:
         """Strength of every component of a trace; None where there is no SFT term (any more)."""
-        o = self.objective
-        if progress >= o.sft_end:
-            return None
-        return sft_strength(
-            o.sft_targets,
-            progress,
-            segments=o.reasoning_segments,
-            start=o.tool_call_start,
-            end=o.tool_call_end,
-            answer=o.answer_strength,
-        )
+        return None if progress >= self.objective.sft_end else sft_strength(self.objective, progress)
 
     def sft_scale(self, progress: float) -> float:
-        """Weight of the SFT term: alpha, or CHORD's mu."""
+        """Weight of the SFT term: beta_SFT, or CHORD's mu."""
         o = self.objective
         if o.mu_start is None or o.mu_end is None:
             return o.sft_weight
@@ -124,11 +127,8 @@ class Schedule:
         strength = self.sft_strength(progress)
         if strength is None:
             return {}
-        return {
-            "pact/tool_call_scale": strength.tool_call,
-            "pact/reasoning_level": strength.reasoning_level,
-            "pact/sft_coef": self.sft_scale(progress),
-        }
+        row = {"pact/tool_call_scale": strength.tool_call, "pact/sft_coef": self.sft_scale(progress)}
+        return row if strength.level is None else row | {"pact/reasoning_level": strength.level}
 
     def rl_scale(self, progress: float) -> float:
         """Weight of the policy term: 1, or CHORD's 1 - mu."""
@@ -142,6 +142,7 @@ class Schedule:
         # A record may be drawn twice in a step: a group is one draw of it.
         groups = [i // group for i in range(len(rewards))]
         if o.advantages == "turn":
-            return turn_advantages(turn_rewards, rewards, groups, gamma=o.turn_discount)
+            gamma, mix = o.turn_discount, o.advantage_mix
+            return turn_advantages(turn_rewards, rewards, groups, gamma=gamma, mix=mix)
         values = group_advantages(rewards, groups, mode=o.advantages)
         return [value.expand(len(turns)) for value, turns in zip(values, turn_rewards, strict=True)]

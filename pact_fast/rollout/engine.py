@@ -39,10 +39,10 @@ class Engine(Protocol):
             max_new_tokens: limit of each row, at least 1.
             temperature: 0 is greedy; log-probs are then those at temperature 1.
             stop_token_ids: any of them ends a row.
-            seed: makes the draw repeatable for the same rows in the same order; one seed a row makes the draw
-            of each row its own, whichever rows stand beside it.
-            sessions: a key a row; a prompt that extends what was seen under its key may reuse cached keys
-            and values.
+            seed: makes the draw repeatable for the same rows in the same order; one seed per row makes the
+                draw of each row its own, whichever rows stand beside it.
+            sessions: a key per row; a prompt that extends what was seen under its key may reuse cached keys
+                and values.
         """
         ...
 

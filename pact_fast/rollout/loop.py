@@ -157,6 +157,8 @@ def _run_wave(
         rollouts[i].truncated = "turn_limit"
     outcomes = env.finish(episodes, [r.truncated for r in rollouts])
     for rollout, outcome in zip(rollouts, outcomes, strict=True):
+        if outcome.turn_rewards is not None:
+            rollout.turn_rewards = list(outcome.turn_rewards)
         # A turn cut off by a limit has no step of its own; turn-level advantages need one value for it.
         rollout.turn_rewards += [0.0] * (1 + max(rollout.turns, default=-1) - len(rollout.turn_rewards))
         rollout.outcome = outcome

@@ -5,5 +5,4 @@ batcher.py  continuous batching: requests enter and leave the batch between any 
 weights.py  new weights from a folder, checked before anything is changed
 protocol.py what a request may ask and what an answer holds
 server.py   HTTP, standard library; access, errors
-main.py     the command
 """

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pact_fast.rollout.in_process.decode import decodes
 from pact_fast.serve.cache import PrefixStore, Slots
+from pact_fast.tree.families import check_full_attention, family_of
 
 DRAWS = 32  # uniform numbers made at a time for a row
 PREFILL = 4096  # padded tokens of one prefill; a longer prompt goes alone, in pieces of this length
@@ -80,12 +81,8 @@ class Batcher:
         max_waiting: int = 4096,
         cache_tokens: int = 65536,
     ) -> None:
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(
-                f"{type(model).__name__} has layers {sorted(kinds)}: only full attention can be served; "
-                "use another server for this model"
-            )
+        self.family = family_of(model.config)
+        check_full_attention(self.family, "the batcher")
         self.model = model.eval()
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.version = "default"
@@ -229,7 +226,7 @@ class Batcher:
     def _sample(self, first: int, hidden: Tensor) -> None:
         """Draws the next token of rows first, first + 1, ... from the hidden state before it, [rows, H]."""
         jobs = self._rows[first:]
-        tokens, logprobs, good = _draw(self.model.get_output_embeddings()(hidden), jobs)
+        tokens, logprobs, good = _draw(self.family.logits(self.model.get_output_embeddings()(hidden)), jobs)
         # From the last row on: a row that leaves is replaced by the last one.
         for i in reversed(range(len(jobs))):
             job = jobs[i]

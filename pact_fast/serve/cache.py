@@ -75,7 +75,7 @@ class Slots:
 
     Args:
         model: a decoder-only causal LM with full attention in every layer.
-        lean: decode through `rollout.decode`, where that computes what the model does.
+        lean: decode through `rollout.in_process.decode`, where that computes what the model does.
     """
 
     def __init__(self, model: PreTrainedModel, *, lean: bool = False) -> None:
@@ -146,13 +146,9 @@ class Slots:
             mask = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
             return decode_step(self.model, ids[:, 0], positions[:, 0], mask[:, None], self.layers)
         body: nn.Module = self.model.get_decoder()
-        hidden = body(
-            input_ids=ids,
-            attention_mask=seen[:, None],
-            position_ids=positions,
-            past_key_values=Cache(layers=list(self.layers)),
-            use_cache=True,
-        ).last_hidden_state
+        # By position: transformers 5.17 calls the fourth argument past_key_values, later ones cache.
+        cache = Cache(layers=list(self.layers))
+        hidden = body(ids, seen[:, None], positions, cache, use_cache=True).last_hidden_state
         return hidden[torch.arange(rows, device=device), (counts - 1).to(device)]
 
 

@@ -1,16 +1,15 @@
-"""From rollouts and traces to loss rows: which sequences a step scores, and the weight of every token in
-them.
+"""From rollouts and traces to loss rows: which sequences a step scores, and each token's weight.
 
 All normalisation is in the weights, from global counts, before anything is packed: the loss does not depend
-on how the samples are cut into packs, micro-batches or ranks (METHOD section 5).
+on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "The loss of a step").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +18,20 @@ from pact_fast.config import ObjectiveConfig
 from pact_fast.data.chat import ChatFormat, Tokens
 from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded
-from pact_fast.objective import SFTStrength, policy_token_weight, sft_token_strengths
+from pact_fast.objective import (
+    SFTStrength,
+    policy_token_weight,
+    sft_token_strengths,
+    sft_token_weights,
+)
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.rollout import Rollout
+from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
+from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,36 +59,61 @@ class Sample:
         return ((self.policy_weight != 0) | (self.sft_weight != 0)).nonzero()[:, 0]
 
 
+def _made_once(made: dict[int, tuple[Record, T]], record: Record, make: Callable[[], T]) -> T:
+    """What was made of this very record, or is now; the record is kept, so that its id stays its own."""
+    if id(record) not in made:
+        made[id(record)] = record, make()
+    return made[id(record)][1]
+
+
 class SampleBuilder:
     """Builds the samples of a step; the token form of prompts and traces is made once a record and kept."""
 
     def __init__(self, chat: ChatFormat, objective: ObjectiveConfig, max_completion_length: int) -> None:
         self.chat, self.objective, self.max_length = chat, objective, max_completion_length
-        self._prompts: dict[str, Tokens] = {}
-        self._traces: dict[str, Tokens] = {}
-        self._privileged: dict[str, list[int]] = {}
+        # By the record itself: ids are unique in a split, two files may well have the same ones.
+        self._prompts: dict[int, tuple[Record, Tokens]] = {}
+        self._traces: dict[int, tuple[Record, Tokens]] = {}
+        self._privileged: dict[int, tuple[Record, list[int]]] = {}
 
     def prompt(self, record: Record) -> Tokens:
         """Tokens of x."""
-        if record.id not in self._prompts:
-            self._prompts[record.id] = self.chat.prompt(record.prompt, record.tools)
-        return self._prompts[record.id]
+        return _made_once(self._prompts, record, lambda: self.chat.prompt(record.prompt, record.tools))
 
     def privileged_prompt(self, record: Record) -> list[int]:
         """Token ids of c(x, h)."""
-        if record.id not in self._privileged:
-            text = self.chat.render_trace(record.expert_trace, observations=self.objective.trace_observations)
-            self._privileged[record.id] = self.chat.prompt(record.prompt, record.tools, privileged=text).ids
-        return self._privileged[record.id]
+        return _made_once(self._privileged, record, lambda: self._context(record))
+
+    def _context(self, record: Record) -> list[int]:
+        messages = self.shown_trace(record)
+        if self.objective.trace_context == "message":
+            text = self.chat.render_trace(messages, observations=self.objective.trace_observations)
+            return self.chat.prompt(record.prompt, record.tools, privileged=text).ids
+        # h ends on a tool response (or a request), and so on the header that the rollout's first turn
+        # follows.
+        return (self.prompt(record) + self.chat.trace(messages)).ids
+
+    def shown_trace(self, record: Record) -> list[dict]:
+        """The messages of h: what of the expert's trace the objective lets through."""
+        o, messages = self.objective, list(record.expert_trace)
+        last = messages[-1] if messages else {"role": None}
+        if not o.trace_answer and last["role"] == "assistant" and not last.get("tool_calls"):
+            messages = messages[:-1]
+        shown = []
+        for message in messages:
+            if message["role"] == "tool" and not o.trace_observations:
+                message = {**message, "content": ""}
+            elif message["role"] == "assistant" and not (o.trace_reasoning and o.trace_calls):
+                left_out = [("reasoning_content", "", o.trace_reasoning), ("tool_calls", [], o.trace_calls)]
+                message = message | {key: empty for key, empty, kept in left_out if not kept}
+            shown.append(message)
+        return shown
 
     def trace(self, record: Record) -> Tokens:
         """x + h as one token sequence with components."""
-        if record.id not in self._traces:
-            messages = list(record.expert_trace)
-            if not self.objective.trace_observations:
-                messages = [{**m, "content": ""} if m["role"] == "tool" else m for m in messages]
-            self._traces[record.id] = self.prompt(record) + self.chat.trace(messages)
-        return self._traces[record.id]
+        return _made_once(
+            self._traces, record, lambda: self.prompt(record) + self.chat.trace(self.shown_trace(record))
+        )
 
     def rollout_samples(
         self,
@@ -88,26 +121,33 @@ class SampleBuilder:
         advantages: Sequence[Tensor],
         anchored: dict[str, bool],
         scale: float,
+        group: int,
     ) -> list[Sample]:
         """One sample a rollout, under c(x,h) or, where its prompt is anchored, under x.
 
         Args:
+            rollouts: of a mini-batch, the `group` ones of a prompt beside each other.
             advantages: per rollout, one value a turn.
-            anchored: per record id, whether the prompt-only ratio is used.
+            anchored: per record id, whether the prompt-only ratio stands in for the trace-conditioned one.
             scale: factor on the whole policy term (1, or 1 - mu).
         """
-        total = sum(r.num_sampled for r in rollouts)
+        counts = [r.num_sampled for r in rollouts]
         in_context = self.objective.ratio_denominator == "context"
+        under_x = self.objective.rl_context != "trace"
         samples = []
-        for rollout, advantage in zip(rollouts, advantages, strict=True):
+        for i, (rollout, advantage) in enumerate(zip(rollouts, advantages, strict=True)):
             record = rollout.record
-            head = rollout.prompt.ids if anchored[record.id] else self.privileged_prompt(record)
+            prompt_only = under_x or anchored[record.id]
+            head = rollout.prompt.ids if prompt_only else self.privileged_prompt(record)
+            first = i - i % group
             weight = scale * policy_token_weight(
                 self.objective.normalization,
-                rollout.num_sampled,
-                total_tokens=total,
+                counts[i],
+                total_tokens=sum(counts),
                 num_sequences=len(rollouts),
                 max_length=self.max_length,
+                prompt_tokens=sum(counts[first : first + group]),
+                num_prompts=len(rollouts) // group,
             )
             start = len(head)
             ids = torch.tensor([*head, *rollout.token_ids])
@@ -124,25 +164,34 @@ class SampleBuilder:
                     torch.zeros(len(ids)),
                     old_logprobs=None if in_context else engine,
                     engine_logprobs=engine,
-                    prompt_only=anchored[record.id],
+                    prompt_only=prompt_only,
                 )
             )
         return samples
 
-    def trace_samples(self, records: Sequence[Record], strength: SFTStrength, scale: float) -> list[Sample]:
-        """One sample a record: teacher forcing of h after x with component strengths over N_sft."""
-        tokens = [self.trace(r) for r in records]
-        strengths = [sft_token_strengths(t.components, t.segments, strength) for t in tokens]
-        count = max(int(sum((s > 0).sum() for s in strengths)), 1)
+    def trace_samples(
+        self, records: Sequence[Record], strength: SFTStrength, scale: float, anchored: dict[str, bool]
+    ) -> list[Sample]:
+        """One sample a record of the mini-batch that has an SFT term: teacher forcing of h after x.
+
+        Args:
+            anchored: per record id; such a record has no SFT term (unless `sft_on_anchored`) but counts as a
+                prompt of the batch.
+            scale: factor on the whole SFT term.
+        """
+        taught = [r for r in records if self.objective.sft_on_anchored or not anchored[r.id]]
+        tokens = [self.trace(r) for r in taught]
+        strengths = [sft_token_strengths(t.components, t.turns, t.levels, strength) for t in tokens]
+        weights = sft_token_weights(strengths, self.objective.sft_normalization, len(records))
         return [
             Sample(
                 record.id,
                 torch.tensor(t.ids),
                 torch.zeros(len(t)),
                 torch.zeros(len(t)),
-                s * (scale / count),
+                w * scale,
             )
-            for record, t, s in zip(records, tokens, strengths, strict=True)
+            for record, t, w in zip(taught, tokens, weights, strict=True)
         ]
 
 
@@ -174,7 +223,8 @@ class PackLoss:
     policy: PactLossOutput | None
     sft: PactLossOutput | None
     num_tokens: int
-    num_pairs: int  # of a token and one it attends to
+    num_pairs: int  # of a token and one it attends to, over all layers
+    router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
 
 
 def pack_losses(
@@ -205,19 +255,79 @@ def pack_losses(
     )
     if sharded is not None:
         plan = sharded.world.pad_shard(plan, [])
+
+    def lay_out(indices: Sequence[int]) -> TreePack:
+        ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
+        return (pack_tree if tree else pack_linear)(ids)
+
+    balance = _Balance.of(policy, samples, plan, lay_out, sharded) if policy.family.router_coef else None
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
-        ids = [s.ids for s in chosen] or [torch.zeros(1, dtype=torch.int64)]
-        pack = (pack_tree if tree else pack_linear)(ids)
-        pairs = int(pack.position_ids.sum()) + pack.num_tokens
+        pack = lay_out(indices)
+        pairs = attention_pairs(policy.family, pack.position_ids)
         outputs: dict[bool, PactLossOutput | None] = {}
-        compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, outputs)
+        router: list[Tensor] = []
+        compute = partial(
+            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, balance, indices, router
+        )
         if sharded is None:
             total = compute()
         else:
             sharded.sync_gradients(number == len(plan) - 1)
             total = sharded.run(compute)
-        yield PackLoss(total, chosen, outputs[True], outputs[False], pack.num_tokens, pairs)
+        yield PackLoss(
+            total,
+            chosen,
+            outputs[True],
+            outputs[False],
+            pack.num_tokens,
+            pairs,
+            router[0] if router else None,
+        )
+
+
+@dataclass
+class _Balance:
+    """What the router's auxiliary loss needs of all packs of all ranks, before the first backward."""
+
+    new: list[Tensor]  # per sample, bool [L]: tokens that count here and not in another sample
+    counts: Tensor  # [E]
+    routings: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        policy: Policy,
+        samples: Sequence[Sample],
+        plan: Sequence[Sequence[int]],
+        lay_out: Callable[[Sequence[int]], TreePack],
+        sharded: Sharded | None,
+    ) -> _Balance:
+        """Costs one more forward of every pack: see tree/router.py."""
+        out = cls(first_uses([s.ids for s in samples]), torch.zeros(0), 0)
+        loads: list[RouterLoad] = []
+
+        def forward(pack: TreePack, counted: Tensor) -> Tensor:
+            hidden, load = policy.hidden_and_load(pack, counted)
+            loads.append(load)
+            return hidden
+
+        for indices in plan:
+            pack = lay_out(indices)
+            compute = partial(forward, pack, out.counted(pack, indices))
+            _ = compute() if sharded is None else sharded.run(compute)
+        mine = [(load.counts.cpu(), load.routings) for load in loads]
+        counts, routings = zip(*(mine if sharded is None else sharded.world.concat(mine)), strict=True)
+        out.counts, out.routings = torch.stack(counts).sum(0).to(policy.device), sum(routings)
+        return out
+
+    def counted(self, pack: TreePack, indices: Sequence[int]) -> Tensor:
+        """Which tokens of the pack of these samples count, bool [T]; none of an empty one."""
+        mask = torch.zeros(pack.num_tokens, dtype=torch.bool)
+        for i, index in zip(indices, pack.token_index, strict=False):
+            mask[index[self.new[i]]] = True
+        return mask
 
 
 def _pack_loss(
@@ -228,19 +338,27 @@ def _pack_loss(
     temperature: float,
     impl: str,
     outputs: dict[bool, PactLossOutput | None],
+    balance: _Balance | None,
+    indices: Sequence[int],
+    router: list[Tensor],
 ) -> Tensor:
-    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`."""
+    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`, its
+    part of the router's auxiliary loss into `router`, where `balance` is given; `indices`: of the samples."""
     # Before the forward: a copy to the device waits for what is queued there.
     rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
-    hidden = policy.hidden(pack)
+    if balance is None:
+        hidden = policy.hidden(pack)
+    else:
+        hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
+        aux = balance_loss(load.probs, balance.counts, balance.routings)
+        router.append(policy.family.router_coef * aux)
     for kind, terms in rows.items():
         scale = temperature if kind else 1.0
         outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
     losses = [o.loss for o in outputs.values() if o is not None]
-    if losses:
-        return torch.stack(losses).sum()
-    # Ranks must exchange the same gradients: the head's is there too, as zeros.
-    return hidden.sum() * 0.0 + sum(t.sum() * 0.0 for t in policy.head[:2] if t is not None)
+    if not losses:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
+        losses = [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
+    return torch.stack(losses + router).sum()
 
 
 def _loss_rows(
@@ -290,8 +408,6 @@ def _call_op(
         dual_clip=objective.dual_clip,
         beta=objective.beta if "policy_weight" in rows else 0.0,
         entropy_coef=objective.entropy_coef if "policy_weight" in rows else 0.0,
-        bias=head.bias,
-        softcap=head.softcap,
-        temperature=temperature,
         impl=impl,
+        **head.options(temperature),
     )

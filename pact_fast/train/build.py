@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,23 +18,77 @@ from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.train.optimizer import AdamWBF16, adamw_8bit
 from pact_fast.tree.policy import Policy
 
+SMALL_MODEL = 10_000_000  # parameters; two threads took longer than one on every model tried below it
+
+
+def set_threads(threads: int | None, model: nn.Module) -> None:
+    """CPU threads of the whole process: as given, else one for a small model, which more make slower."""
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    if threads or (small and torch.get_num_threads() > 1):
+        torch.set_num_threads(threads or 1)
+
 
 def device_of(name: str, local_rank: int = 0) -> torch.device:
     """The device of this rank; "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: this torch ({torch.__version__}) sees no GPU; use cpu, or auto")
     return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
 
 
 def build_model(config: ModelConfig, lora: LoraConfig, device: torch.device) -> tuple[Any, Any]:
     """The causal LM on its device, with adapters where asked, and its tokenizer."""
-    path = base_model_path() if config.path == "toolbox-base" else config.path
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    model, tokenizer = load_pretrained(config.path, config.dtype)
     if lora.rank:
         model = _with_adapters(model, lora)
     if device.type == "cpu":
         keep_freed_memory()
-    return model.to(device), AutoTokenizer.from_pretrained(path)
+    return model.to(device), tokenizer
+
+
+def load_pretrained(name: str, dtype: str) -> tuple[Any, Any]:
+    """A causal LM and its tokenizer.
+
+    name: a Hugging Face folder, the folder of a run (its model), a hub name, or "toolbox-base".
+    dtype: of torch, by name.
+
+    Raises ValueError, in one line, where there is no such model, its files are damaged, or its tokenizer has
+    tokens that its embedding has no row for.
+    """
+    path = model_path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+    rows = model.get_input_embeddings().num_embeddings
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if beyond:
+        token = min(beyond, key=lambda t: beyond[t])
+        raise ValueError(
+            f"model {name!r}: its tokenizer has the token {token!r} ({beyond[token]}), its embedding "
+            f"{rows} rows: call model.resize_token_embeddings(len(tokenizer)) and save the model again"
+        )
+    return model, tokenizer
+
+
+def model_path(name: str) -> str | Path:
+    """What `from_pretrained` takes for a model's name; ValueError where it is a path and nothing is there."""
+    if name == "toolbox-base":
+        return base_model_path()
+    path = Path(name)
+    if path.is_dir():
+        ours = path / "model" / "config.json"
+        if ours.is_file():
+            return path / "model"
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model {name!r}: the folder holds no config.json; is it a model's or a run's?")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"model {name!r}: there is no such folder")
+    return name
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:
@@ -42,7 +98,11 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
         raise ConfigError(f"lora.rank={lora.rank} needs `pip install peft`") from error
     # "all-linear" leaves the head out: it stays frozen, and no gradient of [V, H] is ever made.
     settings = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets or "all-linear",
+        task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, settings)
 

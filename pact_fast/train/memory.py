@@ -15,79 +15,71 @@ The same on one GPU under torchrun: a layer's fp32 shard, there the whole layer,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from transformers import Qwen3Config
+
+from pact_fast.tree.families import Family, family_of, layer_parameters
 
 GIB = 2**30
 LOSS_CHUNK = 4096  # rows of logits at a time (ops)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Qwen3-shaped decoder."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def layer_parameters(self) -> int:
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-
-    @property
-    def root_parameters(self) -> int:
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.root_parameters
+def _qwen3(hidden: int, layers: int, intermediate: int, heads: int, *, tied: bool) -> Family:
+    return family_of(
+        Qwen3Config(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=intermediate,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 QWEN3 = {
-    "1.7B": Shape(2048, 28, 6144, 16, 8, 128, 151936, True),
-    "4B": Shape(2560, 36, 9728, 32, 8, 128, 151936, True),
-    "8B": Shape(4096, 36, 12288, 32, 8, 128, 151936, False),
-    "32B": Shape(5120, 64, 25600, 64, 8, 128, 151936, False),
+    "1.7B": _qwen3(2048, 28, 6144, 16, tied=True),
+    "4B": _qwen3(2560, 36, 9728, 32, tied=True),
+    "8B": _qwen3(4096, 36, 12288, 32, tied=False),
+    "32B": _qwen3(5120, 64, 25600, 64, tied=False),
 }
 
 
-def state_bytes(shape: Shape, gpus: int) -> float:
+def state_bytes(family: Family, gpus: int) -> float:
     """Master weights, gradients and AdamW states of one GPU."""
-    return 16 * shape.parameters / gpus
+    return 16 * family.parameters / gpus
 
 
-def memory(shape: Shape, gpus: int, tokens: int) -> dict[str, float]:
+def memory(family: Family, gpus: int, tokens: int) -> dict[str, float]:
     """Bytes per GPU during an update with `tokens` packed tokens in one forward, by part and in "total"."""
     if gpus < 1 or tokens < 1:
         raise ValueError(f"gpus={gpus}, tokens={tokens}: both must be at least 1")
-    s = shape
-    gathered = 2 * (2 * s.layer_parameters + s.root_parameters)
-    width = 7 * s.hidden + 4 * (s.heads + s.kv_heads) * s.head_dim + 4 * s.intermediate
+    f = family
+    gathered = 2 * (2 * max(layer_parameters(f, layer) for layer in f.layers) + f.root_parameters)
+    # A token passes experts_per_token MLPs of an expert layer.
+    wide = max(layer.intermediate * (f.experts_per_token if layer.experts else 1) for layer in f.layers)
+    width = 7 * f.hidden + 4 * (f.heads + f.kv_heads) * f.head_dim + 4 * wide
     parts = {
-        "states": state_bytes(s, gpus),
+        "states": state_bytes(f, gpus),
         "gathered": gathered,
-        "checkpoints": 2 * tokens * s.hidden * s.layers,
+        "checkpoints": 2 * tokens * f.hidden * len(f.layers),
         "one layer": 2 * tokens * width,
-        "loss": 6 * LOSS_CHUNK * s.vocabulary + 4 * s.vocabulary * s.hidden,
+        "loss": 6 * LOSS_CHUNK * f.vocabulary + 4 * f.vocabulary * f.hidden,
     }
     return parts | {"total": sum(parts.values())}
 
 
-def traffic(shape: Shape, gpus: int, packs: int) -> dict[str, float]:
+def traffic(family: Family, gpus: int, packs: int) -> dict[str, float]:
     """Bytes a GPU receives in a step of one update with `packs` packs a GPU, by part.
 
     forward and backward gather the layers anew for every pack (bf16); the root is gathered once a pack;
     gradients are reduced once (fp32); rollouts gather all weights once.
     """
     share = (gpus - 1) / gpus
-    layers = shape.layers * shape.layer_parameters
+    layers = family.parameters - family.root_parameters
     return {
-        "gather weights": share * 2 * packs * (2 * layers + shape.root_parameters),
-        "reduce gradients": share * 4 * shape.parameters,
-        "gather for rollouts": share * 2 * shape.parameters,
+        "gather weights": share * 2 * packs * (2 * layers + family.root_parameters),
+        "reduce gradients": share * 4 * family.parameters,
+        "gather for rollouts": share * 2 * family.parameters,
     }

@@ -68,12 +68,21 @@ def load_split(config: Config, env: ToolEnv, builder: SampleBuilder, split: str)
     Raises ValueError where a record's prompt (with the trace, in training) is past
     `rollout.max_prompt_length`, or the split is empty.
     """
-    o = config.objective
-    with_trace = split == "train" and (o.rl_context == "trace" or o.sft_targets != "none")
+    o, training = config.objective, split == "train"
     records = list(env.records(split))
     limit = config.rollout.max_prompt_length
+    seen: dict[str, Record] = {}
     for record in records:
-        longest = len(builder.privileged_prompt(record)) if with_trace else len(builder.prompt(record))
+        if (other := seen.setdefault(record.id, record)) is not record:
+            raise ValueError(
+                f"{record.source}: record {record.id!r}, field 'id': is the id of {other.source} too; "
+                "anchors, packs and scores go by it, so it must be unique in a split"
+            )
+        longest = len(builder.prompt(record))
+        if training and o.rl_context == "trace":
+            longest = len(builder.privileged_prompt(record))
+        if training and o.sft_targets != "none":
+            longest = max(longest, len(builder.trace(record)))
         if longest > limit:
             raise ValueError(
                 f"{record.source}: record {record.id!r}, field 'prompt': {longest} tokens, the limit "

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pact_fast.rollout import Rollout
 from pact_fast.train.batch import PackLoss
+from pact_fast.tree.families import Family, model_flops
 
 GIB = 2**30
 # Dense bf16 TFLOP/s of the data sheets, by a part of the name that CUDA gives; the first that fits counts.
@@ -66,6 +66,8 @@ def pack_metrics(pack: PackLoss) -> dict[str, float]:
         "tokens": float(pack.num_tokens),
         "pairs": float(pack.num_pairs),
     }
+    if pack.router_loss is not None:
+        out["router_loss"] = float(pack.router_loss.detach())
     if pack.policy is not None:
         chosen = [s for s in pack.samples if s.is_policy]
         live = [s.live() for s in chosen]
@@ -103,6 +105,8 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         "loss": total("loss") / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
     }
+    if any("router_loss" in p for p in packs):
+        row["router_loss"] = total("router_loss") / len(updates)
     if total("policy_rows"):
         row["policy_loss"] = total("policy_loss") / len(updates)
         row["kl"] = total("kl") / total("policy_weight")
@@ -164,7 +168,7 @@ def peak_flops(device: torch.device, given: float | None, devices: int = 1) -> f
 def speed(
     packs: Sequence[Mapping[str, float]],
     row: Mapping[str, float],
-    config: Any,
+    family: Family,
     peak: float | None,
     *,
     frozen: bool,
@@ -173,25 +177,5 @@ def speed(
     tokens, pairs, rows = (sum(p.get(k, 0.0) for p in packs) for k in ("tokens", "pairs", "rows"))
     out = {"tokens_per_second": tokens / row["time/step"]}
     if peak is not None:
-        out["mfu"] = update_flops(config, tokens, pairs, rows, frozen=frozen) / (row["time/update"] * peak)
+        out["mfu"] = model_flops(family, tokens, pairs, rows, frozen=frozen) / (row["time/update"] * peak)
     return out
-
-
-def update_flops(config: Any, tokens: float, pairs: float, rows: float, *, frozen: bool = False) -> float:
-    """Model FLOPs of forward and backward over packed tokens, nothing recomputed counted.
-
-    2 per weight and token and pass, 3 passes (forward, gradient of the input, gradient of the weights); with
-    a frozen base (adapters) 2, adapters themselves not counted. Attention: 4 Hq D per pair and pass.
-
-    Args:
-        config: of a Llama- or Qwen-shaped model.
-        tokens: packed tokens T. pairs: of a token and one it attends to. rows: tokens with a loss, which
-            alone pass the head.
-    """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    layer = config.hidden_size * (head_dim * 2 * (heads + kv_heads) + 3 * config.intermediate_size)
-    passes = 2 if frozen else 3
-    linear = 2 * passes * (config.num_hidden_layers * layer * tokens)
-    head = 2 * passes * config.hidden_size * config.vocab_size * rows
-    return linear + head + 3 * 4 * heads * head_dim * config.num_hidden_layers * pairs

@@ -1,4 +1,4 @@
-"""The training loop: sample, score, update, evaluate. One process; every method is a choice of token weights.
+"""The training loop: sample, score, update, evaluate. Every method is a choice of token weights.
 
 Left out on purpose: anything about how a model shards, what a tool does, or how a chat is written.
 """
@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from torch.nn.utils import clip_grad_norm_
 
-from pact_fast.config import Config, changed_keys
+from pact_fast.config import Config, ConfigError, changed_keys
 from pact_fast.data.chat import ChatFormat
 from pact_fast.data.records import Record
 from pact_fast.distributed import join_world, plain
 from pact_fast.envs.base import make_env
 from pact_fast.evaluation.evaluate import eval_row, evaluate, transcript
-from pact_fast.metrics import MetricsLogger, ProgressDisplay
+from pact_fast.metrics import MetricsLogger, ProgressDisplay, check_trackers
 from pact_fast.objective import Schedule, SFTStrength
 from pact_fast.rollout import Overlap, Rollout, RolloutError, RolloutLimits, build_engine
 from pact_fast.train.batch import Sample, SampleBuilder, needed, pack_losses, trim
@@ -32,6 +32,7 @@ from pact_fast.train.build import (
     build_reference,
     build_sharded,
     device_of,
+    set_threads,
 )
 from pact_fast.train.checkpoint import Checkpointer, write_json
 from pact_fast.train.old_logprobs import (
@@ -43,6 +44,7 @@ from pact_fast.train.old_logprobs import (
 from pact_fast.train.optimizer import learning_rate, set_learning_rate
 from pact_fast.train.preemption import Preempted, StopSignal
 from pact_fast.train.rollouts import StepSampler, load_split
+from pact_fast.train.run_folder import claim
 from pact_fast.train.step_metrics import (
     Phases,
     Update,
@@ -70,17 +72,16 @@ class Trainer:
 
     def __init__(self, config: Config, stop: StopSignal | None = None) -> None:
         self.config = config
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)
+        check_trackers(config.run.report_to)  # before a model loads
         self.world = join_world(config.run.device)
         self.device = device_of(config.run.device, self.world.local_rank)
         self.run_dir = Path(config.run.dir) / config.run.name
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
+        set_threads(config.run.threads, self.model)
         self.policy = build_policy(self.model, config.model)
         self.chat = ChatFormat.for_tokenizer(
-            self.tokenizer, config.model.chat_format, segments=config.objective.reasoning_segments
+            self.tokenizer, config.model.chat_format, levels=config.objective.reasoning_levels
         )
         self.env = make_env(config.env.name, config.env.settings)
         self.schedule = Schedule(config.objective, config.run.seed)
@@ -110,6 +111,7 @@ class Trainer:
         self.stop.immediate = self.world.size == 1  # ranks have to stop at the same place
         self.skipped_steps = self.skipped_in_a_row = self.tokens_trained = self.evaluated = 0
         self.saving = 0.0  # seconds since the last row
+        self.saved = -1  # steps done at the last checkpoint
         self.peak = peak_flops(self.device, config.run.peak_tflops, self.world.size)
 
     # -- one step ----------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class Trainer:
         if rollouts:
             row["rollout_tokens_per_second"] = sum(r.num_sampled for r in rollouts) / row["time/rollout"]
         packs = [pack for update in updates for pack in update.losses]
-        row |= speed(packs, row, self.model.config, self.peak, frozen=bool(config.lora.rank))
+        row |= speed(packs, row, self.policy.family, self.peak, frozen=bool(config.lora.rank))
         self.tokens_trained += int(sum(pack["tokens"] for pack in packs))
         row |= {
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
@@ -215,10 +217,11 @@ class Trainer:
                     [advantages[i] for i in rows],
                     anchored,
                     self.schedule.rl_scale(progress),
+                    size,
                 )
             if strength is not None and records[part::count]:
                 samples += self.builder.trace_samples(
-                    records[part::count], strength, self.schedule.sft_scale(progress)
+                    records[part::count], strength, self.schedule.sft_scale(progress), anchored
                 )
             out.append([trim(s) for s in samples if needed(s, o)])
         return out
@@ -290,6 +293,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds."""
         config = self.config
+        self._claim_folder()
         self._write("config.json", config.to_dict())
         summary: dict[str, Any] = {"preset": config.preset, "seed": config.run.seed}
         summary["config"] = config.to_dict()
@@ -300,6 +304,11 @@ class Trainer:
             resume_step=start - 1 if start else None,
             report_to=config.run.report_to,
             run_config=config.to_dict(),
+            tracker_options={
+                "project": config.run.project,
+                "group": config.run.group,
+                "tags": config.run.tags,
+            },
             write=main,
         )
         progress = ProgressDisplay(total, start_step=start, console=Console(quiet=not main))
@@ -308,7 +317,7 @@ class Trainer:
             try:
                 if base or (config.eval.score_base and start == 0):
                     summary["base"] = base or self.final_scores()[0]
-                self.validate(done, logger, progress)
+                score = self.validate(done, logger, progress)
                 for step in range(start, total):
                     row = logger.log(step, self.train_step(step))
                     done = step + 1
@@ -317,7 +326,9 @@ class Trainer:
                     if config.checkpoint.every and done % config.checkpoint.every == 0:
                         self.checkpoint(done, summary.get("base"), score)
                     if self.world.any(self.stop.requested):
-                        raise Preempted
+                        raise Preempted(self.stop.by or "a signal to another rank")
+                if self.saved != total:  # a run always ends in a checkpoint: it can be exported and extended
+                    self.checkpoint(total, summary.get("base"), score, wait=True)
                 self.save()
                 summary["final"], shown = self.final_scores()
             except (Preempted, RolloutError, TrainingStopped) as stop:  # of all ranks: they save together
@@ -331,6 +342,19 @@ class Trainer:
         self._write("transcript.json", transcript(shown, self.chat))
         self._write("summary.json", summary)
         return summary
+
+    def _claim_folder(self) -> None:
+        """Makes the run folder this run's own, on the first rank; what is wrong with it is said on all."""
+        c, told, problem = self.config.checkpoint, [], None
+        if self.world.main:
+            try:
+                told = claim(self.run_dir, resume=c.resume, overwrite=c.overwrite)
+            except ConfigError as error:
+                problem = str(error)
+        if problem := next(filter(None, self.world.gather(problem)), None):
+            raise ConfigError(problem)
+        for line in told:
+            self._say(line)
 
     def validate(self, done: int, logger: MetricsLogger, progress: ProgressDisplay) -> float | None:
         """Scores the policy after `done` steps where that is due and not done yet -> share solved."""
@@ -356,6 +380,7 @@ class Trainer:
         state = {"counters": counters, "base": base, "config": self.config.to_dict()}
         state["ahead"] = self.overlap.versions.get(step)
         self.checkpoints.save(step, self.model, self.optimizer, state, score=score, wait=wait)
+        self.saved = step
         self.saving += time.perf_counter() - begin
 
     def resume(self) -> tuple[int, Any]:
@@ -365,6 +390,7 @@ class Trainer:
             return 0, None
         record = self.checkpoints.load(path, self.model, self.optimizer)
         vars(self).update(record["state"]["counters"])
+        self.saved = record["step"]
         self.overlap.restore(record["step"], record["state"].get("ahead"))
         for key, (then, now) in changed_keys(record["state"]["config"], self.config.to_dict()).items():
             self._say(f"resumed with another {key}: {now!r}, the checkpoint's is {then!r}")

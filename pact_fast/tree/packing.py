@@ -2,12 +2,12 @@
 
 A trie of the sequences is written in depth-first pre-order, children in the order in which the sequences
 first need them. The descendants of every token are then contiguous, and the whole attention mask is one int32
-a token:
+per token:
 
     token i attends to j   iff   j <= i < subtree_end[j]
 
 Shapes: T packed tokens, len_s tokens of sequence s. Everything here is host work on integers; no model is
-    needed.
+needed.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def plan_packs(
     cut along its tree, so that long shared prefixes are repeated as rarely as possible. A sequence longer
     than the budget gets a pack alone. `groups`: one key a sequence, None for a single group. `share=False`
     counts tokens as `pack_linear` lays them out. Deterministic; the loss does not depend on the plan
-    (METHOD.md, 5).
+    (docs/method.md, "The loss of a step").
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")

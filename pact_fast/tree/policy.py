@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pact_fast.ops import tree_attention, tree_plan
+from pact_fast.tree.families import HeadParams, causal_lm, check_model, decoder_layers, head_params
 from pact_fast.tree.packing import TreePack
+from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
-_LAYERS = ("full_attention", "sliding_attention")
-
-
-class HeadParams(NamedTuple):
-    """The LM head: logits = scale * (hidden @ weight.T + bias), softcapped where softcap is given."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    softcap: float | None
-    scale: float
+LIGER = ("llama", "qwen2", "qwen3")  # families whose Liger kernels a test compares with the plain model
 
 
 @torch.compiler.disable
@@ -111,7 +103,7 @@ class _TreeCall:
 
 
 class Policy:
-    """A causal LM (Qwen3, Qwen2/2.5, Llama and SmolLM2 families) that runs on token trees.
+    """A causal LM of a family that `pact_fast.tree.families` knows, run on token trees.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one.
@@ -137,9 +129,8 @@ class Policy:
         liger: bool = False,
         compile: str | None = None,
     ) -> None:
-        unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
-        causal: Any = unwrap() if unwrap else model
-        _check_model(causal)
+        causal = causal_lm(model)
+        self.family = check_model(causal)
         if liger:
             _apply_liger(causal)
         self.model = model
@@ -152,7 +143,7 @@ class Policy:
             # The forwards, not the modules: hooks (FSDP's, say) then run outside of what is compiled.
             self._compiled = [
                 (layer, torch.compile(layer.forward, backend=compile, dynamic=True))
-                for layer in causal.get_decoder().layers
+                for layer in decoder_layers(causal)
             ]
 
     @property
@@ -162,8 +153,7 @@ class Policy:
     @property
     def head(self) -> HeadParams:
         """Weights of the LM head, as `ops.linear_logprob` and `ops.linear_pact_loss` take them."""
-        head = self._causal.get_output_embeddings()
-        return HeadParams(head.weight, head.bias, None, 1.0)
+        return head_params(self._causal, self.family)
 
     def hidden(self, pack: TreePack) -> Tensor:
         """Hidden states [T, H] of a pack after the final norm: the input of the LM head. Differentiable.
@@ -177,6 +167,16 @@ class Policy:
         pack = pack.to(self.device)
         call = _TreeCall(pack.subtree_end, self.attention)
         return self._forward(pack.input_ids, pack.position_ids, call)
+
+    def hidden_and_load(self, pack: TreePack, counted: Tensor | None = None) -> tuple[Tensor, RouterLoad]:
+        """As `hidden`, and where the expert layers sent the packed tokens `counted` (bool [T], default all):
+        what the router's auxiliary loss is made of (`pact_fast.tree.router`). For families with experts."""
+        if not self.family.experts_per_token:
+            raise ValueError(f"{self.family.name} has no expert layers: use Policy.hidden")
+        with record_router_logits(self._causal, self.family) as logits:
+            hidden = self.hidden(pack)
+        where = None if counted is None else counted.to(self.device)
+        return hidden, router_load(logits, self.family.experts_per_token, where)
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, call: _TreeCall) -> Tensor:
         config = self._causal.config
@@ -280,33 +280,13 @@ def _tree_attention_on(config) -> Iterator[None]:
 
 
 def _apply_liger(model: Any) -> None:
+    if (kind := model.config.model_type) not in LIGER:
+        raise ValueError(f"liger=True: its kernels for {kind!r} are not tested here, only {', '.join(LIGER)}")
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError as error:
         raise ImportError("liger=True needs the package liger-kernel: pip install liger-kernel") from error
-    apply = getattr(monkey_patch, f"apply_liger_kernel_to_{model.config.model_type}")
+    apply = getattr(monkey_patch, f"apply_liger_kernel_to_{kind}")
     # The head and its loss are ours.
     heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     apply(rope=True, rms_norm=True, swiglu=True, **heads, model=model)
-
-
-def _check_model(model: Any) -> None:
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    layers = set(getattr(config, "layer_types", None) or ())
-    if bad := sorted(layers - set(_LAYERS)):
-        raise ValueError(
-            f"{kind}: layers of kind {', '.join(bad)} carry state from token to token and cannot branch in a "
-            "token tree"
-        )
-    if any(hasattr(m, "sinks") for m in model.modules()):
-        raise ValueError(f"{kind}: attention sinks are not supported by tree attention")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not supported: Policy accepts {', '.join(FAMILIES)}")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise ValueError(
-            f"{kind}: rope_type {rope!r} depends on the sequence's length, in which branches of a tree differ"
-        )
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} has no LM head; load it with AutoModelForCausalLM")

@@ -65,7 +65,7 @@ def context_logprobs(
 
     Returns:
         (prompt_only, trace_conditioned): two lists of fp32 [len of the rollout]. Their difference is what
-        `pact/trace_gain` averages (METHOD.md, 7).
+        `pact/trace_gain` averages (docs/method.md, "What is measured").
     """
     contexts = (_tensor(prompt), _tensor(privileged_prompt))
     for name, context in zip(("prompt", "privileged_prompt"), contexts, strict=True):
@@ -129,10 +129,8 @@ def pack_logprobs(
             hidden,
             head.weight,
             tokens,
-            bias=head.bias,
-            temperature=temperature / head.scale,
-            softcap=head.softcap,
             impl=impl,
+            **head.options(temperature),
         )
 
     if token_budget is None or torch.is_grad_enabled() or pack.num_tokens <= token_budget:

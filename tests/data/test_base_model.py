@@ -109,7 +109,7 @@ def test_batch_loss_with_a_shared_beginning_equals_one_row_at_a_time(model, chat
     rows = [conversation(chat, record) for record in base_records(5, seed=3)]
     total = count = 0.0
     for row in rows:
-        wanted = torch.tensor([c in (1, 2, 3, 5) for c in row.components[1:]])
+        wanted = torch.tensor([c in (1, 2, 3, 5, 6) for c in row.components[1:]])
         logits = model(torch.tensor([row.ids])).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[1:]), reduction="none")
         total, count = total + losses[wanted].sum(), count + wanted.sum()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from pact_fast.data.chat import ChatFormat, Component, Tokens
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 
 CASES = [
     ("chatml_tokenizer", "hermes"),
@@ -45,7 +45,7 @@ def test_every_turn_extends_the_tokens_before_it(chat):
 def test_each_component_decodes_to_its_own_text(chat):
     """Concatenating the tokens of a component gives exactly the text of the messages, but for line breaks."""
     tokens = chat.trace(SAMPLE_TRACE)
-    assert len(tokens.ids) == len(tokens.components) == len(tokens.turns) == len(tokens.segments)
+    assert len(tokens.ids) == len(tokens.components) == len(tokens.turns) == len(tokens.levels)
     text = {
         component: [
             chat.decode([token for token, _ in run]).strip("\n")
@@ -64,6 +64,9 @@ def test_each_component_decodes_to_its_own_text(chat):
     assert calls.count('"name": "age_of"') == 2
     assert calls.count("Tila Vosk") == 1
     assert not any(tag in calls for tag in ("<tool_call>", "<think>", "<|im_end|>"))
+    tags = "".join(text[Component.THINK_TAG])
+    assert tags.replace("\n", "") == "<think></think>" * len(turns)
+    assert "think" not in "".join(text[Component.STRUCTURE])
 
 
 def test_assistant_turns_hold_no_context_and_template_text_no_target(chat):
@@ -122,41 +125,6 @@ def test_expert_turns_parse_back_to_themselves(chat):
             assert all(call.error is None for call in turn.tool_calls)
 
 
-@pytest.mark.parametrize("segments", [1, 2, 4, 9])
-def test_segments_are_ordered_sentences_of_near_equal_length(chatml_tokenizer, segments):
-    chat = ChatFormat.for_tokenizer(chatml_tokenizer, segments=segments)
-    sentences = [
-        "First I look here.",
-        'Then "there."',
-        "Is it 3.5?",
-        "Yes!",
-        "Good\n",
-        "New paragraph (done.)",
-        "End.",
-    ]
-    message = {"reasoning_content": " ".join(sentences), "content": "", "tool_calls": []}
-    tokens = chat.assistant(message, 0)
-    inside = [s for s, c in zip(tokens.segments, tokens.components, strict=True) if c == Component.REASONING]
-    assert sorted(inside) == inside
-    assert set(inside) == set(range(min(segments, len(sentences))))
-    assert all(
-        s == -1 for s, c in zip(tokens.segments, tokens.components, strict=True) if c != Component.REASONING
-    )
-    for segment in range(max(inside)):
-        ids = [i for i, s in zip(tokens.ids, tokens.segments, strict=True) if s == segment]
-        assert chat.decode(ids).rstrip().endswith((".", "?", "!", '."', ".)", "Good"))
-    if segments == 2:
-        assert 0.25 < inside.count(0) / len(inside) < 0.75
-
-
-def test_one_sentence_is_one_segment(chatml_tokenizer):
-    chat = ChatFormat.for_tokenizer(chatml_tokenizer)
-    tokens = chat.assistant(
-        {"reasoning_content": "no sentence end here", "content": "x", "tool_calls": []}, 0
-    )
-    assert set(tokens.segments) == {0, -1}
-
-
 def test_special_tokens_in_tool_output_stay_text(chatml_tokenizer):
     """A tool that returns an end-of-turn marker must not end the turn."""
     chat = ChatFormat.for_tokenizer(chatml_tokenizer)
@@ -183,18 +151,18 @@ def test_own_template_that_opens_the_thinking_block_leaves_it_to_the_model(chatm
 
 
 def test_tokens_add_extend_and_slice():
-    first = Tokens([1, 2], [0, 1], [-1, 0], [-1, 0])
-    both = first + Tokens([3], [5], [1], [-1])
+    first = Tokens([1, 2], [0, 1], [-1, 0], [0, 2])
+    both = first + Tokens([3], [5], [1], [0])
     assert len(first) == 2
-    assert both == Tokens([1, 2, 3], [0, 1, 5], [-1, 0, 1], [-1, 0, -1])
-    assert both[1:] == Tokens([2, 3], [1, 5], [0, 1], [0, -1])
+    assert both == Tokens([1, 2, 3], [0, 1, 5], [-1, 0, 1], [0, 2, 0])
+    assert both[1:] == Tokens([2, 3], [1, 5], [0, 1], [2, 0])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda t: ChatFormat.for_tokenizer(t, "hermess"), "'hermess' is unknown.*hermes"),
-        (lambda t: ChatFormat.for_tokenizer(t, segments=0), "segments=0"),
+        (lambda t: ChatFormat.for_tokenizer(t, levels=0), "levels=0"),
         (
             lambda t: ChatFormat.for_tokenizer(t).prompt([{"role": "system", "content": "x"}], []),
             "no user message",

@@ -8,7 +8,7 @@ import pytest
 from pact_fast.commands.data import coloured, encode, main
 from pact_fast.data.chat import ChatFormat, Component
 from pact_fast.data.records import load_records
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 
 GOOD = {"prompt": SAMPLE_PROMPT, "tools": SAMPLE_TOOLS, "expert_trace": SAMPLE_TRACE}
 
@@ -69,7 +69,19 @@ def test_coloured_text_is_the_conversation_with_marked_segments(file, chatml_tok
     chat = ChatFormat.for_tokenizer(chatml_tokenizer)
     item = encode(chat, load_records(file(GOOD)).records[0])
     tokens = item.prompt + item.trace
-    borders = sum(a != b and b > 0 for a, b in zip(tokens.segments, tokens.segments[1:], strict=False))
+    borders = sum(a != b and b > 1 for a, b in zip(tokens.levels, tokens.levels[1:], strict=False))
     plain = coloured(chat, tokens).plain
     assert borders > 0
     assert len(plain) == len(chat.decode(tokens.ids)) + borders
+
+
+def test_levels_and_what_no_level_holds_are_shown(file, capsys):
+    text = "The user asks for an age. Two tools are available. I will call find."
+    trace = [{**SAMPLE_TRACE[0], "reasoning_content": text}, *SAMPLE_TRACE[1:]]
+    assert main([str(file({**GOOD, "expert_trace": trace}))]) == 0
+    out = capsys.readouterr().out
+    held = {name: int(count) for name, count in re.findall(r"(L\d|in no level) +│ +(\d+)", out)}
+    assert held["L0"] == 0 < held["L1"] < held["L4"]
+    assert held["in no level"] > 0
+    assert "explicit_call_preview 1" in out
+    assert "turns cut by: " in out

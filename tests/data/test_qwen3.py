@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from pact_fast.data.chat import ChatFormat, Component
 from pact_fast.data.traces import trace_from_calls
 from pact_fast.envs.base import make_env
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
-from tests.envs.env_helpers import own_ftrl_file, shared_file
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.environments import own_ftrl_file, shared_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +109,7 @@ def test_tokens_equal_those_of_the_models_own_template(chat, tokenizer, cases):
 def test_components_cover_every_assistant_token_exactly_once(chat, cases):
     for prompt, tools, trace in cases():
         tokens = chat.prompt(prompt, tools) + chat.trace(trace)
-        assert len(tokens.ids) == len(tokens.components) == len(tokens.segments) == len(tokens.turns)
+        assert len(tokens.ids) == len(tokens.components) == len(tokens.levels) == len(tokens.turns)
         assistant = [m for m in trace if m["role"] == "assistant"]
         start = 0
         for turn, message in enumerate(assistant):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pact_fast.data.records import RecordError, check_prompt_lengths, load_records, write_records
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 
 GOOD = {
     "id": "one",
@@ -127,8 +127,14 @@ BAD = [
     (
         "half answered end",
         lambda r: r.update(expert_trace=r["expert_trace"][:2]),
-        "expert_trace",
+        "expert_trace[1]",
         "no tool response",
+    ),
+    (
+        "ends on a call",
+        lambda r: r.update(expert_trace=r["expert_trace"][:4]),
+        "expert_trace[3]",
+        "a trace ends on a tool response or an answer",
     ),
     ("content not text", lambda r: r["prompt"][1].update(content=5), "prompt[1].content", "must be text"),
     ("prompt ends wrong", lambda r: r["prompt"].reverse(), "prompt", "must end with a user message"),
@@ -196,6 +202,7 @@ def test_tools_that_arrive_later_may_be_called_from_then_on(tmp_path):
             {"role": "assistant", "content": "I lack a tool."},
             {"role": "user", "content": "Here is one.", "tools": SAMPLE_TOOLS[1:]},
             {"role": "assistant", "tool_calls": [{"name": "age_of", "arguments": {}}]},
+            {"role": "tool", "content": "41"},
         ]
 
     path = write_lines(tmp_path / "r.jsonl", [changed(edit)])

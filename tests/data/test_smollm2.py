@@ -21,8 +21,8 @@ from pact_fast.envs.base import make_env
 from pact_fast.rollout.in_process.hf import HFEngine
 from pact_fast.rollout.loop import RolloutLimits, collect_rollouts
 from pact_fast.train.trainer import Trainer
-from tests.data.conftest import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
-from tests.envs.env_helpers import own_ftrl_file, shared_file
+from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
+from tests.helpers.environments import own_ftrl_file, shared_file
 
 CONTEXT = 8192
 CONFIGS = Path(__file__).parents[2] / "configs"

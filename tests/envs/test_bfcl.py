@@ -4,11 +4,11 @@ import json
 import random
 
 import pytest
-from env_helpers import calls, says
 
 from pact_fast.data.records import parse_record
 from pact_fast.envs import make_env
 from pact_fast.envs.bfcl.env import BfclEpisode, json_schema, read_jsonl
+from tests.helpers.environments import calls, says
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23 mpmath")
 ALL = ["base", "miss_func", "miss_param", "long_context"]

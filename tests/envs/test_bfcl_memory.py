@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from env_helpers import calls, play, says
 
 from pact_fast.envs import make_env
 from pact_fast.envs.bfcl.memory import ENTRIES, ENTRY_LENGTH, SCENARIOS
 from pact_fast.envs.replay import replay_traces
+from tests.helpers.environments import calls, play, says
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23 mpmath")
 

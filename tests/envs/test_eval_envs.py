@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from env_helpers import own_ftrl_file
 
 from pact_fast.cli import main
 from pact_fast.envs.base import FAILURE_KINDS
+from tests.helpers.environments import own_ftrl_file
 
 SHORT = ["--max-turns", "2", "--max-turn-length", "12", "--batch-tasks", "2"]
 

@@ -7,13 +7,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from env_helpers import calls, own_ftrl_file, play, says, shared_file
 
 from pact_fast.data.records import Record, load_records
 from pact_fast.envs import make_env
-from pact_fast.envs.call_matching import match_calls, similarity
 from pact_fast.envs.python_tools import matches
 from pact_fast.envs.sandbox.sandbox import Program, SandboxCall
+from tests.helpers.environments import calls, own_ftrl_file, play, says, shared_file
 
 
 @pytest.fixture(scope="module", params=["own", "published"])
@@ -206,30 +205,6 @@ def test_outcomes_name_the_kind_of_failure(env, solutions):
     assert play(env, record, [calls(("nope", {}))], truncated="turn_limit")[0].failure == "turn_limit"
 
 
-def test_similarity_counts_name_argument_names_and_values():
-    truth = ("f", {"a": 1, "b": 2})
-    assert similarity(("g", {"a": 1, "b": 2}), truth) == 0.0
-    assert similarity(truth, truth) == 1.0
-    assert similarity(("f", {"a": 1, "b": 3}), truth) == pytest.approx((1 + 1 + 0.5) / 3)
-    assert similarity(("f", {"a": 1, "c": 2}), truth) == pytest.approx((1 + 1 / 3 + 0.5) / 3)
-    assert similarity(("f", {}), ("f", {})) == 1.0
-
-
-def test_bipartite_matching_is_the_best_of_all_assignments_and_greedy_is_not():
-    truths = [("f", {"a": 1, "b": 1}), ("f", {"a": 1, "b": 2}), ("g", {})]
-    made = [("f", {"a": 1}), ("f", {"a": 1, "b": 1}), ("h", {}), ("g", {})]
-    best = max(
-        sum(similarity(made[i], t) for i, t in zip(order, truths, strict=True))
-        for order in itertools.permutations(range(len(made)), len(truths))
-    )
-    bipartite, greedy = match_calls(made, truths), match_calls(made, truths, greedy=True)
-    assert sum(s for *_, s in bipartite) == pytest.approx(best)
-    assert sum(s for *_, s in greedy) < best  # the first call takes what the second fits exactly
-    for pairs in (bipartite, greedy):
-        assert len({j for _, j, _ in pairs}) == len(pairs) == len({i for i, *_ in pairs})
-    assert match_calls([], truths) == match_calls(made, []) == []
-
-
 def two_tool_file(tmp_path, **extra):
     row = {
         "messages": [{"role": "user", "content": "What is twice the age of Ann?"}],
@@ -282,15 +257,29 @@ def test_records_loaded_elsewhere_can_be_played(tmp_path):
     env.close()
 
 
+@pytest.mark.parametrize("name", ["ftrl", "python"])
 @pytest.mark.parametrize("reward", ["call_matching", "call_matching_greedy"])
-def test_call_matching_rewards_turns_and_uses_each_truth_once(tmp_path, reward):
+def test_call_matching_rewards_turns_and_uses_each_truth_once(tmp_path, reward, name):
+    """1, then (0 + 1) / 2 as the first call is there a second time, then the answer: 1 + 0.5 + 1 = 2.5."""
     path = two_tool_file(tmp_path, ground_truth=json.dumps(TRUTH))
-    env = make_env("ftrl", {"train_path": path, "validation_tasks": 1, "reward": reward})
+    env = make_env(name, {"train_path": path, "validation_tasks": 1, "reward": reward})
     record = env.records("train")[0]
+    assert "<answer>" in record.prompt[-1]["content"]
     right = [("age", {"name": "Ann"}), ("twice", {"x": 21})]
-    outcome, _, rewards = play(env, record, [calls(right[0]), calls(right[0], right[1]), says("It is 42.")])
-    assert rewards == pytest.approx([1.0, 0.5, 1.0])
+    turns = [calls(right[0]), calls(right[0], right[1])]
+    outcome, *_ = play(env, record, [*turns, says("<answer>42</answer>")])
+    assert outcome.turn_rewards == pytest.approx((1.0, 0.5, 1.0))
+    assert outcome.reward == pytest.approx(2.5)
     assert outcome.scores["call_match"] == pytest.approx(2 * 2 / (3 + 2))
+    untagged, *_ = play(env, record, [*turns, says("It is 42.")])
+    assert untagged.turn_rewards == pytest.approx((1.0, 0.5, 0.0))
+    env.close()
+
+
+def test_an_expert_trace_made_for_call_matching_tags_its_answer(tmp_path):
+    path = two_tool_file(tmp_path, ground_truth=TRUTH)
+    env = make_env("ftrl", {"train_path": path, "validation_tasks": 1, "reward": "call_matching"})
+    assert env.records("train")[0].expert_trace[-1]["content"] == "<answer>42</answer>"
     env.close()
 
 

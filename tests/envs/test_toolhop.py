@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from env_helpers import calls, play, says
 
 from pact_fast.envs import make_env
+from tests.helpers.environments import calls, play, says
 
 
 def row(**changes):

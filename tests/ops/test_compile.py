@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from head_oracle import problem
 from torch.library import opcheck
 
 from pact_fast import linear_logprob, linear_pact_loss
 from pact_fast.kernels.lm_head.logprob import linear_logprob_op
 from pact_fast.kernels.lm_head.pact_loss import linear_pact_loss_op
+from tests.helpers.head_oracle import problem
 
 
 def single_precision(setting):

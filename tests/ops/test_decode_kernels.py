@@ -8,7 +8,8 @@ that nobody wrote is NaN.
 import numpy as np
 import pytest
 import torch
-from decode_cases import Cache, dense_forest, dense_rows, random_forest, trie_batch
+
+from tests.helpers.decode_cases import Cache, dense_forest, dense_rows, random_forest, trie_batch
 
 pytest.importorskip("triton")
 

@@ -4,14 +4,14 @@ Tolerance: at most twice the error of the same formulas in plain torch of the sa
 left to the GPU tests: the interpreter misreads it.
 """
 
-import head_oracle
 import pytest
 import torch
-from head_oracle import SETTINGS, H, problem, run
 
 from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
 from pact_fast.kernels.lm_head import logprob as logprob_driver
 from pact_fast.kernels.lm_head import pact_loss as loss_driver
+from tests.helpers import head_oracle
+from tests.helpers.head_oracle import SETTINGS, H, problem, run
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,9 @@
-import head_oracle
 import pytest
 import torch
 
 from pact_fast import linear_logprob
 from pact_fast.kernels.lm_head import reference
+from tests.helpers import head_oracle
 
 HEADS = {
     "plain": {},

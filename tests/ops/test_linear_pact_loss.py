@@ -1,10 +1,10 @@
-import head_oracle
 import pytest
 import torch
-from head_oracle import SETTINGS, R, T, problem, run
 
 from pact_fast import linear_cross_entropy, linear_pact_loss
 from pact_fast.kernels.lm_head import reference as chunking
+from tests.helpers import head_oracle
+from tests.helpers.head_oracle import SETTINGS, R, T, problem, run
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from head_oracle import SETTINGS, problem
 
 from pact_fast import linear_pact_loss
 from pact_fast.kernels.lm_head import pact_loss as driver
 from pact_fast.kernels.lm_head import reference as rows
 from pact_fast.kernels.lm_head import rows_cuda
 from pact_fast.kernels.lm_head.reference import PolicyLossConfig, RowTerms, row_losses
+from tests.helpers.head_oracle import SETTINGS, problem
 
 built = pytest.mark.skipif(rows_cuda.library_path() is None, reason="liblogits_rows.so needs nvcc to build")
 DEFAULTS = {"epsilon_low": 0.2, "epsilon_high": 0.2, "dual_clip": None, "beta": 0.0, "entropy_coef": 0.0}

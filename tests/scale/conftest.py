@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from serve_helpers import base_model, served, url_of
 
 from pact_fast.distributed import Sharded, World
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout.http.engine import HTTPEngine
 from pact_fast.rollout.http.publish import Publisher
+from tests.helpers.servers import base_model, served, url_of
 
 
 @pytest.fixture(scope="module")

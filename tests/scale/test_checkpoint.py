@@ -17,39 +17,9 @@ from torch import nn
 
 from pact_fast.train import checkpoint as module
 from pact_fast.train.checkpoint import Checkpointer, CheckpointError, verify
+from tests.helpers.checkpoints import Tied, make, train
 
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.body = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embed.weight
-        self.one = nn.Parameter(torch.zeros(1))
-        self.register_buffer("seen", torch.zeros(3))
-        self.register_buffer("scratch", torch.zeros(2), persistent=False)
-
-    def forward(self, ids):
-        return self.head(self.body(self.embed(ids))) * (1 + self.one)
-
-
-def make(seed=0):
-    torch.manual_seed(seed)
-    model = Tied()
-    decay, rest = list(model.body.parameters()), [model.embed.weight, model.one]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return model, torch.optim.AdamW(groups, lr=0.05)
-
-
-def train(model, optimizer, steps):
-    for _ in range(steps):
-        ids = torch.randint(0, 11, (8,))
-        loss = nn.functional.cross_entropy(model(ids), torch.randint(0, 11, (8,)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.seen += random.random() + np.random.rand()  # noqa: NPY002
+ROOT = Path(__file__).parents[2]
 
 
 def equal(a, b):
@@ -256,9 +226,8 @@ KILLED = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[2])
-from test_checkpoint import make, train
 from pact_fast.train.checkpoint import Checkpointer
+from tests.helpers.checkpoints import make, train
 
 def writer(folder, steps=10_000):
     model, optimizer = make()
@@ -306,8 +275,9 @@ print(f"{whole} resumed from a checkpoint")
 
 
 def test_kill_9_during_writing_leaves_a_whole_checkpoint_20_times(tmp_path):
-    words = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    words = [sys.executable, "-c", KILLED, str(tmp_path)]
+    places = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=places)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     assert "20 of 20 survived" in done.stdout

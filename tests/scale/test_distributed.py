@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from scale_runs import adapters, curve, same_weights, tiny_model, weights
 from transformers import AutoModelForCausalLM
 
 from pact_fast.commands.export import export
 from pact_fast.distributed import World
+from tests.helpers.runs import adapters, curve, same_weights, tiny_experts, tiny_model, weights
 
 HERE = Path(__file__).parent
 # Small packs: several an update, and on two ranks an odd number now and then.
@@ -38,6 +38,7 @@ def jobs(tmp_path_factory):
     """All jobs of this file, run in one interpreter -> {name: (exit codes, run folder)}."""
     root = tmp_path_factory.mktemp("ranks")
     shared = SHORT | {"model__path": str(tiny_model())}
+    experts = {"model__path": str(tiny_experts()), "train__max_steps": 3}
 
     def job(name, size, run=None, **more):
         changes = shared | more.pop("changes", {})
@@ -57,10 +58,12 @@ def jobs(tmp_path_factory):
         job("lora two, rank 0 killed", 2, run="lora-two", die=[0, 2], timeout=60, changes=LORA | STEPS),
         job("lora two finish", 2, run="lora-two", changes=LORA | resume),
         job("bf16, offloaded", 2, changes=HALF),
+        job("experts one", 1, changes=experts | {"train__token_budget": 100_000}),
+        job("experts two", 2, changes=experts),
         job("poisoned one", 1, poison=[0, 3]),
         job("poisoned rank 1 of two", 2, poison=[1, 3]),
     ]
-    words = [sys.executable, str(HERE / "ranks.py"), json.dumps([entry for _, entry in listed])]
+    words = [sys.executable, "-m", "tests.helpers.ranks", json.dumps([entry for _, entry in listed])]
     paths = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}  # this tree, whatever is installed
     done = subprocess.run(words, capture_output=True, text=True, timeout=1500, env=paths)
     assert done.returncode == 0, done.stderr
@@ -88,6 +91,18 @@ def test_ranks_train_to_the_weights_of_one_process(jobs, other):
             # Packs cut elsewhere repeat other prefixes: tokens are counted as packed.
             if isinstance(value, float) and name != "num_tokens":
                 assert theirs[name] == pytest.approx(value, abs=2e-5), name
+
+
+def test_the_routers_loss_does_not_depend_on_ranks_or_packs(jobs):
+    assert jobs["experts one"][0] == [0]
+    assert jobs["experts two"][0] == [0, 0]
+    assert difference(jobs, "experts one", "experts two") < 1e-5
+    one, two = (
+        [row["router_loss"] for row in curve(jobs[name][1]) if "loss" in row]
+        for name in ("experts one", "experts two")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+    assert all(0.2 < value < 0.4 for value in one)  # coefficient x experts per token where loads are even
 
 
 def test_the_test_sees_training_at_all(jobs):
@@ -176,10 +191,9 @@ def test_shares_cover_everything_once_and_even_ones_are_as_long():
 
 
 def test_options_of_several_processes_are_refused_in_one(tmp_path):
-    from scale_runs import config
-
     from pact_fast.config import ConfigError
     from pact_fast.train.trainer import Trainer
+    from tests.helpers.runs import config
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

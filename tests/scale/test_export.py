@@ -1,6 +1,5 @@
 import pytest
 import torch
-from scale_runs import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast.commands import export as module
@@ -8,6 +7,7 @@ from pact_fast.commands.export import export
 from pact_fast.config import load_config
 from pact_fast.train.checkpoint import CheckpointError
 from pact_fast.train.trainer import Trainer
+from tests.helpers.runs import config
 
 
 @pytest.fixture(scope="module")

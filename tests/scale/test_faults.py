@@ -1,4 +1,4 @@
-"""Faults that must lose nothing: see faults.py. With PACT_FAULTS=20 each is done twenty times."""
+"""Faults that must lose nothing (tests/helpers/faults.py). With PACT_FAULTS=20 each comes twenty times."""
 
 import json
 import os
@@ -17,7 +17,13 @@ SCENARIOS = ("clock", "damage", "disk_full", "kill", "kill_rank", "nan", "sigter
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    command = [sys.executable, str(HERE / "faults.py"), str(tmp_path_factory.mktemp("faults")), str(REPEATS)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.faults",
+        str(tmp_path_factory.mktemp("faults")),
+        str(REPEATS),
+    ]
     places = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT, env=places)
     assert done.returncode == 0

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from scale_runs import adapters, config, curve, same_weights
 from transformers import AutoModelForCausalLM
 
 from pact_fast.commands.export import export
 from pact_fast.train.checkpoint import Checkpointer
 from pact_fast.train.trainer import Trainer
+from tests.helpers.runs import adapters, config, curve, same_weights
 
 pytest.importorskip("peft", reason="the lora extra is not installed")
 

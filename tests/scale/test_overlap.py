@@ -16,8 +16,6 @@ from contextlib import suppress
 
 import pytest
 import torch
-from scale_runs import config, curve, same_weights, tiny_model, weights
-from serve_helpers import Misbehaving, ServerProcess, restart_after
 
 from pact_fast.config import ConfigError, load_config
 from pact_fast.metrics import read_metrics
@@ -26,6 +24,8 @@ from pact_fast.train.preemption import Preempted
 from pact_fast.train.step_metrics import update_metrics
 from pact_fast.train.trainer import Trainer
 from pact_fast.tree.scoring import sequence_logprobs
+from tests.helpers.runs import config, curve, same_weights, tiny_model, weights
+from tests.helpers.servers import Misbehaving, ServerProcess, restart_after
 
 REPEATS = int(os.environ.get("PACT_FAULTS", "3"))
 CAP = 1.05

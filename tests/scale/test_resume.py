@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from scale_runs import config, curve, same_weights, weights, words
 
 from pact_fast.train.checkpoint import Checkpointer
 from pact_fast.train.preemption import Preempted, StopSignal
 from pact_fast.train.trainer import Trainer
+from tests.helpers.runs import config, curve, same_weights, weights, words
 
 HERE = Path(__file__).parent
 

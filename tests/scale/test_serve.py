@@ -6,13 +6,13 @@ import threading
 import pytest
 import torch
 from safetensors.torch import save_file
-from serve_helpers import ServerProcess, ask, call, draw, gap, prompts_of, served, url_of, wait_for
 
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout import RolloutError
 from pact_fast.rollout.http.publish import write_weights
 from pact_fast.serve.batcher import Batcher, Job
 from pact_fast.serve.cache import PrefixStore
+from tests.helpers.servers import ServerProcess, ask, call, draw, gap, prompts_of, served, url_of, wait_for
 
 
 def test_turns_reuse_the_prefix_and_change_nothing(model):

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 import pytest
 import torch
 from safetensors.torch import load_file
-from serve_helpers import Misbehaving, base_model, call, draw, flat, gap, prompts_of, served, spoil, url_of
 from transformers import AutoTokenizer
 
 from pact_fast.data.chat import ChatFormat
@@ -18,6 +17,18 @@ from pact_fast.envs.base import make_env
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout import RolloutError
 from pact_fast.rollout.http.publish import merged, write_weights
+from tests.helpers.servers import (
+    Misbehaving,
+    base_model,
+    call,
+    draw,
+    flat,
+    gap,
+    prompts_of,
+    served,
+    spoil,
+    url_of,
+)
 
 # Random ids, far from what a model was taught, cost fp32 some digits: one row in thousands is 2e-4 off there.
 REQUESTS = int(os.environ.get("PACT_FAST_SERVE_REQUESTS", "1000"))

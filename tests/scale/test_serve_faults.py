@@ -12,11 +12,11 @@ import sys
 import time
 
 import pytest
-from scale_runs import config, curve, same_weights, tiny_model, weights, words
-from serve_helpers import ROOT, Misbehaving, ServerProcess, restart_after, spoil
 
 from pact_fast.rollout import RolloutError
 from pact_fast.train.trainer import Trainer
+from tests.helpers.runs import config, curve, same_weights, tiny_model, weights, words
+from tests.helpers.servers import ROOT, Misbehaving, ServerProcess, restart_after, spoil
 
 REPEATS = int(os.environ.get("PACT_FAULTS", "3"))
 SHORT = {"train__max_steps": 4, "eval__every": 2, "rollout__engine": "http", "rollout__retry_timeout": 120}

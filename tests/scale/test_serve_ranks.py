@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from scale_runs import adapters, curve, same_weights, tiny_model, weights, words
-from serve_helpers import ROOT, ServerProcess
 
-HERE = Path(__file__).parent
+from tests.helpers.runs import adapters, curve, same_weights, tiny_model, weights, words
+from tests.helpers.servers import ROOT, ServerProcess
+
 TOTAL = int(os.environ.get("PACT_SCALE_STEPS", "5"))
 LIMIT = 900  # seconds; two interpreters at once on a machine that does much else
 # Small packs: several an update, and on two ranks an odd number now and then. Three prompts for two ranks.
@@ -57,7 +57,7 @@ def runs(root, url):
     }
     listed = [job | {"run_dir": str(root / name.replace(" ", "-"))} for name, job in jobs.items()]
     done = subprocess.run(
-        [sys.executable, str(HERE / "ranks.py"), json.dumps(listed)],
+        [sys.executable, "-m", "tests.helpers.ranks", json.dumps(listed)],
         capture_output=True,
         text=True,
         timeout=LIMIT,

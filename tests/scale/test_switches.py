@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from scale_runs import config, curve, same_weights, tiny_model, weights
 from transformers import AutoModelForCausalLM
 
 from pact_fast.config import ConfigError
 from pact_fast.train.optimizer import AdamWBF16
-from pact_fast.train.step_metrics import Phases, peak_flops, update_flops
+from pact_fast.train.step_metrics import Phases, peak_flops
 from pact_fast.train.trainer import Trainer
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.policy import Policy
+from tests.helpers.runs import config, curve, same_weights, tiny_model, weights
 
 BRIEF = {"train__max_steps": 2, "eval__every": 0, "checkpoint__every": 1, "eval__validation_tasks": 1}
 
@@ -135,21 +135,6 @@ def test_time_and_memory_of_every_phase_and_utilisation_are_logged(tmp_path):
     assert trainer.peak == 0.05e12
     run(tmp_path / "unknown", train__max_steps=1)
     assert "mfu" not in curve(tmp_path / "unknown")[0]
-
-
-def test_flops_are_those_that_pytorch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # Eager: of the fused attention on a CPU PyTorch counts twice the products that there are.
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), attn_implementation="eager").float()
-    tokens = 48
-    with FlopCounterMode(display=False) as counter:
-        model(torch.arange(5, 5 + tokens)[None], use_cache=False).logits.sum().backward()
-    full = update_flops(model.config, tokens, tokens * tokens, tokens)  # it counts masked pairs, too
-    assert full == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert update_flops(model.config, tokens, 0, 0, frozen=True) == pytest.approx(
-        update_flops(model.config, tokens, 0, 0) * 2 / 3
-    )
 
 
 def test_an_unknown_device_has_no_peak_and_phases_add_up():

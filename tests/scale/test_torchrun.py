@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from scale_runs import config, weights, words
 
 from pact_fast.train.trainer import Trainer
+from tests.helpers.runs import config, weights, words
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = int(os.environ.get("PACT_SCALE_STEPS", "4"))

@@ -10,19 +10,31 @@ import re
 import tomllib
 from pathlib import Path
 
+from bench import main as bench
 from pact_fast import cli
 from pact_fast.config import Config
+from pact_fast.keys import markdown
 from pact_fast.metrics import METRICS, PREFIXES
 
-LISTING = Path(__file__).with_name("frozen.txt")
 ROOT = Path(__file__).parent.parent.parent
+LISTING = Path(__file__).with_name("frozen.txt")
+
+PAGE = ROOT / "docs" / "config.md"
+INTRODUCTION = """# Every configuration key
+
+A config is a YAML file of these sections; `--section.key value` on the command line wins over it, it over its
+preset (`pact_fast/objective/presets.py`), the preset over the defaults below. `pact-fast train --help` prints
+the same list, `--dry-run` what a run's config comes to. [method.md](method.md) has the objective's equations.
+This page is made from the keys themselves (`python tests/tools/test_frozen.py`).
+
+"""
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
-def help_of(command):
+def help_of(command, *words):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        cli.command_main(command)(["--help"])
+        cli.command_main(command)([*words, "--help"])
     return out.getvalue()
 
 
@@ -38,8 +50,9 @@ def listing():
         if command == "train":
             lines.append("command train --resume and every config key")
             continue
-        options = sorted(set(OPTION.findall(help_of(command))) - {"--help"})
-        lines.append(f"command {command} {' '.join(options)}".rstrip())
+        for words in [(sub,) for sub in bench.COMMANDS] if command == "bench" else [()]:
+            options = sorted(set(OPTION.findall(help_of(command, *words))) - {"--help"})
+            lines.append(" ".join(["command", command, *words, *options]))
     lines += [f"metric {name} [{metric.unit}]" for name, metric in METRICS.items()]
     lines += [f"metric {prefix}* [{metric.unit}]" for prefix, metric in PREFIXES.items()]
     return lines
@@ -65,5 +78,12 @@ def test_the_floor_lane_installs_the_versions_that_the_package_states():
         assert re.fullmatch(re.escape(floors[name]) + r"(\.0)*", version), f"{name} {version}"
 
 
+def test_the_page_of_all_keys_is_what_the_keys_say():
+    assert PAGE.read_text() == INTRODUCTION + markdown(Config), (
+        "docs/config.md is not what the keys say: `python tests/tools/test_frozen.py` writes it anew"
+    )
+
+
 if __name__ == "__main__":
     LISTING.write_text("\n".join(listing()) + "\n")
+    PAGE.write_text(INTRODUCTION + markdown(Config))

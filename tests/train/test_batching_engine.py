@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_engine import generate, logprobs_of
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.config import ConfigError, RolloutConfig
@@ -10,6 +9,7 @@ from pact_fast.distributed import Sharded, World
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout import RolloutError, build_engine
 from pact_fast.rollout.in_process.batching import BatchingEngine
+from tests.helpers.generation import generate, logprobs_of
 
 
 @pytest.fixture(scope="module")

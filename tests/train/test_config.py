@@ -3,7 +3,9 @@
 import pytest
 
 from pact_fast.cli import main
-from pact_fast.config import PRESETS, ConfigError, all_keys, load_config
+from pact_fast.commands.train import help_text
+from pact_fast.config import PRESETS, Config, ConfigError, all_keys, load_config
+from pact_fast.keys import described
 
 
 @pytest.fixture
@@ -14,16 +16,6 @@ def write(tmp_path):
         return path
 
     return to_file
-
-
-def test_every_shipped_config_loads():
-    from pathlib import Path
-
-    paths = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-    assert paths
-    for path in paths:
-        if "plan" not in path.stem:
-            load_config(path)
 
 
 def test_command_line_beats_file_beats_preset_beats_default(write):
@@ -56,18 +48,30 @@ def test_presets_set_what_they_say(preset):
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
-        ("train: {learning_rte: 1}", [], r"unknown key 'train.learning_rte'; nearest: 'train.learning_rate'"),
-        ("trian: {max_steps: 1}", [], r"unknown key 'trian'; nearest: 'train'"),
-        ("", ["--train.max_step", "3"], r"unknown key 'train.max_step'; nearest: 'train.max_steps'"),
-        ("", ["--max_steps", "3"], r"nearest: 'train.max_steps'"),
-        ("preset: pactt", [], r"preset='pactt' is unknown; nearest: 'pact'"),
+        (
+            "train: {learning_rte: 1}",
+            [],
+            r"run.yaml: unknown key 'train.learning_rte'; did you mean 'train.learning_rate'",
+        ),
+        ("trian: {max_steps: 1}", [], r"unknown key 'trian'; did you mean 'train'"),
+        (
+            "",
+            ["--train.max_step", "3"],
+            r"command line: unknown key 'train.max_step'; did you mean 'train.max_steps'",
+        ),
+        ("", ["--train.bananas", "3"], r"unknown key 'train.bananas'; `pact-fast train --help` lists all"),
+        ("objective: {engine_correction_cap: 2}", [], r"was renamed to 'objective.importance_ratio_cap'"),
+        ("", ["--per_device_train_batch_size", "3"], r"is no key here; give train.prompts_per_step"),
+        ("preset: pactt", [], r"run.yaml: preset='pactt' is unknown; did you mean 'pact'"),
+        ("", ["--preset", "nonesuch"], r"command line: preset='nonesuch' is unknown; there are pact"),
         ("train: {max_steps: many}", [], r"train.max_steps"),
         ("train: 3", [], r"train is a section"),
         ("- 1", [], r"expected a mapping"),
         ("train: {", [], r"not valid YAML"),
         ("objective: {anchor_probability: 1.5}", [], r"objective.anchor_probability=1.5 cannot be used"),
         ("objective: {rl_context: both}", [], r"rl_context"),
-        ("rollout: {temperature: 0}", [], r"rollout.temperature=0"),
+        ("rollout: {temperature: 0}", [], r"run.yaml: rollout.temperature=0"),
+        ("", ["--rollout.temperature", "0"], r"command line: rollout.temperature=0"),
     ],
 )
 def test_a_bad_key_or_value_is_named_with_a_way_out(write, text, words, message):
@@ -93,3 +97,92 @@ def test_an_unknown_command_lists_the_commands(capsys):
 def test_keys_are_dotted_and_complete():
     keys = all_keys()
     assert {"preset", "train.learning_rate", "objective.anchor_probability", "env.settings"} <= set(keys)
+
+
+NUMBERS = [
+    (key.section, key.name, key.kind)
+    for _, _, keys in described(Config)
+    for key in keys
+    if key.kind.split(" ")[0] in ("int", "float")
+]
+
+
+@pytest.mark.parametrize(("section", "name", "kind"), NUMBERS, ids=lambda value: str(value))
+def test_every_number_has_a_range(section, name, kind):
+    bad = ["-1"] + (["nan", "inf", "-inf"] if kind.startswith("float") else ["9999999999999999999999"][:0])
+    for value in bad:
+        with pytest.raises(ConfigError, match=rf"{section}\.{name}"):
+            load_config(None, [f"--{section}.{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--preset", "grpo", "--rollout.num_generations", "1"], "rollout.num_generations"),
+        (["--preset", "sft", "--objective.sft_targets", "none"], "objective.sft_targets"),
+        (["--preset", "sft", "--objective.sft_weight", "0"], "objective.sft_weight"),
+        (["--preset", "sft", "--objective.sft_end", "0"], "objective.sft_targets"),
+        (["--preset", "grpo", "--objective.rl_start", "1"], "objective.rl_start"),
+        (["--train.max_steps", "5", "--train.warmup_steps", "5"], "train.warmup_steps"),
+        (["--train.prompts_per_step", "2", "--train.num_mini_batches", "3"], "train.num_mini_batches"),
+        (["--rollout.engine", "http"], "rollout.servers"),
+        (["--rollout.engine", "http", "--rollout.servers", "localhost:8000"], "rollout.servers"),
+        (["--run.name", "a/b"], "run.name"),
+    ],
+)
+def test_combinations_that_train_nothing_are_refused(words, key):
+    with pytest.raises(ConfigError, match=rf"{key}=.*cannot be used: give"):
+        load_config(None, words)
+
+
+def test_names_of_trl_are_taken_with_a_note(capsys, write):
+    config = load_config(write("max_steps: 7\nlora_r: 4\n"), ["--num_generations", "3", "--save_steps=9"])
+    assert (config.train.max_steps, config.rollout.num_generations, config.checkpoint.every) == (7, 3, 9)
+    assert config.lora.rank == 4
+    out = capsys.readouterr().out
+    assert "max_steps is taken as train.max_steps" in out
+    assert "--num_generations is taken as --rollout.num_generations" in out
+
+
+def test_lists_may_be_given_without_brackets():
+    words = ["--run.report_to", "wandb", "--lora.targets=q_proj,v_proj", "--run.tags", "[a, b]"]
+    config = load_config(None, words)
+    assert (config.run.report_to, config.lora.targets) == (["wandb"], ["q_proj", "v_proj"])
+    assert config.run.tags == ["a", "b"]
+
+
+def test_no_learning_rate_is_dangerous_for_a_model_of_ones_own():
+    assert load_config(None).train.learning_rate == 1e-6
+    assert load_config(None, ["--lora.rank", "8"]).train.learning_rate == 1e-5
+    assert (
+        load_config(None, ["--lora.rank", "8", "--train.learning_rate", "3e-4"]).train.learning_rate == 3e-4
+    )
+    assert load_config("toolbox").train.learning_rate > 1e-5
+
+
+def test_bundled_configs_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("toolbox") == load_config("configs/toolbox.yaml")
+    with pytest.raises(ConfigError, match=r"bundled are .*toolbox"):
+        load_config("tool-box")
+
+
+def test_help_names_every_key_once_with_what_it_is():
+    text = help_text()
+    for _, _, keys in described(Config):
+        for key in keys:
+            assert text.count(f"--{key.dotted} ") == 1
+            assert key.what
+            assert "\n" not in key.what
+    assert all(preset in text for preset in PRESETS)
+    assert "--resume" in text
+
+
+def test_a_dry_run_prints_what_a_run_comes_to_and_runs_nothing(tmp_path, capsys):
+    words = ["train", "toolbox", "--dry-run", "--run.dir", str(tmp_path / "runs"), "--train.max_steps", "3"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "max_steps: 3" in out
+    assert "8 prompts x 8 rollouts = 64 rollouts" in out
+    assert "GiB" in out
+    assert not (tmp_path / "runs").exists()

@@ -3,10 +3,21 @@ leave."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pact_fast.rollout.in_process.decode import decodes
 from pact_fast.rollout.in_process.hf import HFEngine, _Batch
+from tests.helpers.generation import generate, logprobs_of
 
 SHAPE = {
     "vocab_size": 61,
@@ -26,24 +37,6 @@ def model(request):
     kind = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[request.param]
     # Default initialisation is nearly uniform; larger weights make positions and context matter.
     return kind[1](kind[0](**SHAPE, initializer_range=0.4)).eval()
-
-
-def logprobs_of(model, context, tokens, temperature=1.0):
-    with torch.no_grad():
-        logits = model(torch.tensor([list(context) + list(tokens)])).logits[0].float() / temperature
-    logp = logits.log_softmax(-1)
-    return [float(logp[len(context) + i - 1, t]) for i, t in enumerate(tokens)]
-
-
-def generate(engine, prompts, limits, sessions=None, temperature=1.0, seed=0, stops=(5, 6)):
-    return engine.generate(
-        prompts,
-        max_new_tokens=limits,
-        temperature=temperature,
-        stop_token_ids=stops,
-        seed=seed,
-        sessions=sessions,
-    )
 
 
 @pytest.mark.parametrize(("temperature", "lean"), [(1.0, True), (0.7, True), (1.0, False)])
@@ -136,10 +129,26 @@ def test_samples_follow_the_distribution(model):
     assert float((counts - want).abs().max()) < 4 * (0.25 / 4000) ** 0.5
 
 
-def test_a_sliding_window_model_is_refused(model):
-    model.config.layer_types = ["full_attention", "sliding_attention"]
+def test_a_sliding_window_model_is_refused():
     with pytest.raises(ValueError, match="sliding_attention"):
-        HFEngine(model)
+        HFEngine(MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(**SHAPE, initializer_range=0.4, logits_scaling=3.0),
+        Gemma3TextConfig(
+            **SHAPE, initializer_range=0.4, final_logit_softcapping=2.0, layer_types=["full_attention"] * 2
+        ),
+    ],
+    ids=["granite", "gemma3_text"],
+)
+def test_the_heads_scale_and_softcap_are_in_the_logprobs(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    (out,) = generate(HFEngine(model), [[9, 8, 7]], [12], temperature=0.8, stops=())
+    assert out.logprobs == pytest.approx(logprobs_of(model, [9, 8, 7], out.token_ids, 0.8), abs=1e-4)
 
 
 def test_a_row_with_its_own_seed_draws_the_same_whoever_stands_beside_it(model):

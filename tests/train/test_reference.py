@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from trainer_steps import gradients, step_samples
 from transformers import AutoModelForCausalLM
 
 from pact_fast.config import ConfigError, load_config
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.train.old_logprobs import reference_logprobs
+from tests.helpers.trainer_steps import gradients, step_samples
 
 BETA = 0.3
 

@@ -6,8 +6,7 @@ import torch
 from pact_fast import Policy, pack_tree, sequence_logprobs
 from pact_fast.kernels.tree_attention import reference
 from pact_fast.tree.packing import TreePack
-from tests.tree.conftest import pact_sequences, tiny_model
-from tests.tree.test_policy import one_by_one
+from tests.helpers.trees import one_by_one, pact_sequences, tiny_model
 
 SEQUENCES = pact_sequences(2)
 

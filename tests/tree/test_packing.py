@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pact_fast.kernels.tree_attention import native
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
-from tests.tree.conftest import pact_sequences, random_sequences
+from tests.helpers.trees import pact_sequences, random_sequences
 
 TRIES = st.integers(0, 10_000).map(
     lambda seed: random_sequences(seed, count=1 + seed % 9, alphabet=2 + seed % 4)

@@ -7,19 +7,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig
 
+from pact_fast.tree.families import check_model
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree
-from pact_fast.tree.policy import ATTENTION, Policy, _check_model
-from tests.tree.conftest import pact_sequences, random_sequences, tiny_model
-
-
-def one_by_one(model, sequences):
-    """Log-probs of every sequence, each alone: the definition."""
-    out = []
-    for sequence in sequences:
-        ids = torch.tensor(sequence)
-        logprobs = model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        out.append(logprobs.gather(1, ids[1:, None])[:, 0])
-    return out
+from pact_fast.tree.policy import ATTENTION, Policy
+from tests.helpers.trees import (
+    assert_gradients_equal,
+    one_by_one,
+    pact_sequences,
+    random_sequences,
+    tiny_model,
+    weighted_sum,
+)
 
 
 def through_tree(policy, sequences, pack=pack_tree):
@@ -30,20 +28,6 @@ def through_tree(policy, sequences, pack=pack_tree):
         logprobs[index[:-1]].gather(1, packed.input_ids[index[1:], None])[:, 0]
         for index in packed.token_index
     ]
-
-
-def weighted_sum(logprobs):
-    """A scalar in which every log-prob has its own weight, so that no gradient can hide."""
-    flat = torch.cat(logprobs)
-    return (flat * torch.linspace(0.2, 1.7, flat.numel())).sum()
-
-
-def assert_gradients_equal(model, loss, expected):
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    got = torch.autograd.grad(loss, parameters, allow_unused=True)
-    want = torch.autograd.grad(expected, parameters, allow_unused=True)
-    for name, a, b in zip(names, got, want, strict=True):
-        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -155,7 +139,7 @@ LIGER = """
 import torch
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.policy import Policy
-from tests.tree.conftest import pact_sequences, tiny_model
+from tests.helpers.trees import pact_sequences, tiny_model
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pack = pack_tree(pact_sequences(1, prompt=8, trace=4, rollout=4, group=1))
 results = []
@@ -191,7 +175,7 @@ def test_other_families_and_layers_are_refused():
     recurrent = torch.nn.Linear(1, 1)
     recurrent.config = Qwen3NextConfig()
     with pytest.raises(ValueError, match="linear_attention"):
-        _check_model(recurrent)
+        check_model(recurrent)
     with pytest.raises(ValueError, match="dynamic"):
         Policy(
             tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})

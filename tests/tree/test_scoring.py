@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from pact_fast import Policy, context_logprobs, sequence_logprobs
-from tests.tree.conftest import pact_sequences, random_sequences, tiny_model
-from tests.tree.test_policy import assert_gradients_equal, one_by_one, weighted_sum
+from tests.helpers.trees import (
+    assert_gradients_equal,
+    one_by_one,
+    pact_sequences,
+    random_sequences,
+    tiny_model,
+    weighted_sum,
+)
 
 
 @pytest.mark.parametrize("token_budget", [10_000, 60])

@@ -12,8 +12,8 @@ from pact_fast.kernels.tree_attention import flash, native, reference
 from pact_fast.kernels.tree_attention.layout import key_tile_order, tile_list, tree_depth
 from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.tree.packing import pack_tree
-from tests.tree.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
-from tests.tree.conftest import pact_sequences, random_sequences
+from tests.helpers.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
+from tests.helpers.trees import pact_sequences, random_sequences
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,8 +7,8 @@ from pact_fast.kernels.tree_attention.layout import tree_depth
 from pact_fast.kernels.tree_attention.tiles import Tile, TilePlan, Tiles
 from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.tree.packing import pack_tree
-from tests.tree.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
-from tests.tree.conftest import pact_sequences, random_sequences
+from tests.helpers.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
+from tests.helpers.trees import pact_sequences, random_sequences
 
 # T = 158 with 16-row tiles: full, partial and skipped tiles and a ragged last one. 80 is padded to 128.
 TRITON_CASES = [

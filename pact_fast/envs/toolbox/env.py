@@ -4,19 +4,26 @@ base model."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
-from pact_fast.data.records import Record
+from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.call_matching import (
+    Call,
+    answer_f1,
+    match_turns,
+    need_reference_calls,
+    reference_calls,
+)
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
 from pact_fast.envs.toolbox import tools
 from pact_fast.envs.toolbox.expert import Trace, write_trace
-from pact_fast.envs.toolbox.questions import Task, draw_task, offered_tools
+from pact_fast.envs.toolbox.questions import Task, draw_task, offered_tools, quoted, resolve
 from pact_fast.envs.toolbox.reward import newly_solved, right_answers, solve_f1
 from pact_fast.envs.toolbox.settings import ToolboxSettings
 from pact_fast.envs.toolbox.worlds import World, build_world, schema
@@ -33,6 +40,8 @@ class ToolboxEpisode(Episode):
     valid_calls: int = 0
     seen: set[str] = field(default_factory=set)
     final: str = ""
+    turn_calls: list[list[Call]] = field(default_factory=list)  # of each turn; an unreadable one is ("", {})
+    closed: bool = False  # ended by a turn without calls
 
 
 class ToolboxEnv:
@@ -49,6 +58,8 @@ class ToolboxEnv:
     def records(self, split: str) -> list[Record]:
         if split not in SPLITS:
             raise ValueError(f"split: one of {', '.join(SPLITS)}, got {split!r}")
+        if split == "train" and self.settings.train_path is not None:
+            return load_records(self.settings.train_path).records
         count = getattr(self.settings, f"{split}_tasks")
         return [_task_record(self.settings, split, i) for i in range(count)]
 
@@ -79,8 +90,9 @@ class ToolboxEnv:
         return self._programs[record.id]
 
     def _step_one(self, episode: ToolboxEpisode, turn: AssistantTurn, results: Any) -> StepResult:
+        episode.turn_calls.append([(call.name, call.arguments or {}) for call in turn.tool_calls])
         if not turn.tool_calls:
-            episode.final, episode.done = turn.content, True
+            episode.final, episode.done, episode.closed = turn.content, True, True
             right = self._right(episode)
             return StepResult(done=True, reward=right / len(episode.record.env["answers"]))
         responses = []
@@ -131,7 +143,20 @@ class ToolboxEnv:
         }
         failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
         reward = self.settings.no_format_reward if formless else f1
-        return Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        outcome = Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        return outcome if self.settings.reward == "solve_f1" else self._matched(episode, outcome)
+
+    def _matched(self, episode: ToolboxEpisode, outcome: Outcome) -> Outcome:
+        """The outcome with the rewards of call matching: the answer is what the final message quotes."""
+        record, how = episode.record, self.settings
+        references = need_reference_calls(record, reference_calls(record), how.reward)
+        greedy, penalty = how.reward.endswith("greedy"), how.unmatched_penalty
+        matched = match_turns(episode.turn_calls, references, greedy=greedy, penalty=penalty)
+        rewards = list(matched.turn_rewards)
+        if episode.closed:
+            rewards[-1] = answer_f1(" ".join(quoted(episode.final)), " ".join(record.env["answers"]))
+        scores = outcome.scores | {"call_match": 2 * matched.total / (episode.calls + len(references))}
+        return replace(outcome, reward=sum(rewards), scores=scores, turn_rewards=tuple(rewards))
 
 
 def _response(call: ToolCall, result: CallResult | None) -> tuple[str, str]:
@@ -161,6 +186,17 @@ def _task_record(settings: ToolboxSettings, split: str, index: int) -> Record:
     return make_record(f"toolbox/{settings.seed}/{split}/{index}", world, task, offered, trace)
 
 
+def shortest_way(world: World, task: Task) -> list[dict[str, Any]]:
+    """The calls that the task needs, as {"name", "arguments"}."""
+    values: dict[int, list[str]] = {}
+    calls = []
+    for i, step in enumerate(task.steps):
+        arguments = resolve(step, values)
+        values[i] = quoted(tools.call(world, step.tool, arguments)[1])
+        calls.append({"name": step.tool, "arguments": arguments})
+    return calls
+
+
 def make_record(record_id: str, world: World, task: Task, offered: Sequence[str], trace: Trace) -> Record:
     env = {
         "world": world,
@@ -170,6 +206,7 @@ def make_record(record_id: str, world: World, task: Task, offered: Sequence[str]
         "starts": list(task.starts),
         "steps": [{"tool": step.tool, "label": step.label, "value": step.value} for step in task.steps],
         "answers": list(task.answers),
+        "ground_truth": shortest_way(world, task),
         "expert": {"solves": trace.solves, "calls": trace.calls, "detours": trace.detours},
     }
     prompt = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": task.question})

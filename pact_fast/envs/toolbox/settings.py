@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pact_fast.envs.call_matching import REWARDS
+
 
 @dataclass(frozen=True)
 class ToolboxSettings:
@@ -14,6 +16,7 @@ class ToolboxSettings:
 
     seed: int = 0
     train_tasks: int = 160  # each with an expert trace
+    train_path: str | None = None  # records of training tasks in their place, as `traces make` writes them
     validation_tasks: int = 64
     test_tasks: int = 200
 
@@ -26,6 +29,10 @@ class ToolboxSettings:
     success_rate: float = 0.7  # share of expert traces that solve their task
     detour_rate: float = 0.4  # share of expert traces with a repeated, needless, or wrong and repaired call
 
+    # "solve_f1" over sub-answers and answers, or calls matched with those of the shortest way and the quoted
+    # answers by words: "call_matching", "call_matching_greedy" (pact_fast.envs.call_matching)
+    reward: str = "solve_f1"
+    unmatched_penalty: float = 0.0  # of call matching: what a call without a match loses
     answer_weight: float = 2.0  # a final answer weighs as much as this many calls
     no_format_reward: float = -0.2  # an episode with neither a valid call nor a quoted answer
     max_consecutive_invalid: int = 3  # calls; then the episode ends
@@ -37,6 +44,9 @@ class ToolboxSettings:
         for name in ("two_part_share", "shift", "success_rate", "detour_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"env.toolbox.{name}: a share in [0, 1], got {getattr(self, name)!r}")
+        if self.reward not in ("solve_f1", *REWARDS):
+            known = ", ".join(("solve_f1", *REWARDS))
+            raise ValueError(f"env.toolbox.reward: one of {known}, got {self.reward!r}")
         if self.difficulty not in (1, 2, 3):
             raise ValueError(f"env.toolbox.difficulty: 1, 2 or 3, got {self.difficulty!r}")
         for name in ("train_hops", "eval_hops"):

@@ -23,9 +23,8 @@ from pact_fast.rollout.http.engine import HTTPEngine
 VERSION = re.compile(r"[0-9]{6}-[0-9a-f]{8}")
 SHARD = 4 * 2**30  # bytes of one file
 PROBE = 16  # tokens of the fixed sequence that new weights are recognised by
-EXPECTED = (
-    "expected.probe"  # beside the weights: the trainer's log-probs of the probe, in safetensors' format
-)
+# Beside the weights: the trainer's log-probs of the probe, in safetensors' format.
+EXPECTED = "expected.probe"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 NARROW = 0.5  # of log-probs where trainer or server computes in half precision
 

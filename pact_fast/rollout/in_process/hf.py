@@ -1,9 +1,9 @@
 """In-process engine over a Hugging Face causal LM: one growing KV cache for all rows of a batch.
 
 Rows keep their keys and values from turn to turn, so a tool response costs one short prefill. Slots of the
-cache are
-shared by position in time, not by position in the sequence: a row that has nothing to feed leaves an invalid
-slot, and every turn starts by squeezing those out. Rows that finish leave the batch once half of it is idle.
+cache are shared by position in time, not by position in the sequence: a row that has nothing to feed leaves
+an invalid slot, and every turn starts by squeezing those out. Rows that finish leave the batch once half of
+it is idle.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pact_fast.rollout.engine import Generation
 from pact_fast.rollout.in_process.decode import decode_step, decodes
+from pact_fast.tree.families import Family, check_full_attention, family_of
 
 DRAWS = 32  # uniform numbers made at a time for a row
 GROWTH = 64  # slots added at a time, so that appending a token rarely copies the cache
@@ -127,13 +128,8 @@ class _Batch:
         if bool((counts == 0).any()):
             mask[counts == 0, :, :, -width:] |= torch.eye(width, dtype=torch.bool, device=device)
         body: nn.Module = model.get_decoder()
-        hidden = body(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=Cache(layers=list(self.layers)),
-            use_cache=True,
-        ).last_hidden_state
+        # By position: transformers 5.17 calls the fourth argument past_key_values, later ones cache.
+        hidden = body(ids, mask, positions, Cache(layers=list(self.layers)), use_cache=True).last_hidden_state
         self._grown(new, counts, chunks)
         return hidden[torch.arange(len(chunks), device=device), (counts - 1).clamp(min=0)]
 
@@ -164,12 +160,8 @@ class HFEngine:
     per_sequence_seed, in_process = False, True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(
-                f"HFEngine needs full attention in every layer, {type(model).__name__} has {sorted(kinds)}: "
-                "use another rollout engine for this model"
-            )
+        self.family = family_of(model.config)
+        check_full_attention(self.family, "HFEngine")
         self.model = model
         self.lean = decodes(model)
         self._sessions: list[Hashable] = []
@@ -207,7 +199,9 @@ class HFEngine:
             hidden = self._start(prompts)
         self._sessions = list(sessions) if sessions is not None else []
         assert self._batch is not None
-        sampler = _Sampler(self.model, self.lean, max_new_tokens, temperature, stop_token_ids, seed)
+        sampler = _Sampler(
+            self.model, self.family, self.lean, max_new_tokens, temperature, stop_token_ids, seed
+        )
         sampler.run(self._batch, torch.arange(len(prompts)), hidden)
         return sampler.generations()
 
@@ -244,13 +238,14 @@ class _Sampler:
     def __init__(
         self,
         model: PreTrainedModel,
+        family: Family,
         lean: bool,
         max_new_tokens: Sequence[int],
         temperature: float,
         stop_token_ids: Sequence[int],
         seed: int | Sequence[int],
     ) -> None:
-        self.model, self.lean, self.temperature = model, lean, temperature
+        self.model, self.family, self.lean, self.temperature = model, family, lean, temperature
         self.generator = self.generators = None
         if isinstance(seed, int):
             self.generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -287,7 +282,7 @@ class _Sampler:
                 )
 
     def _draw(self, hidden: Tensor, names: Sequence[int]) -> tuple[list[int], list[float]]:
-        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = self.family.logits(self.model.get_output_embeddings()(hidden)).float()
         if self.temperature > 0:
             logits = logits / self.temperature
         logp = torch.log_softmax(logits, dim=-1)

@@ -8,10 +8,9 @@ The circuit (Olsson et al. 2022, In-context Learning and Induction Heads) writte
 * layer 0, head 0 attends to the token before: query and key see only a constant dimension of the embedding,
   turned by one step of the fastest rotary frequencies. It writes the content of that token to dimensions of
   its own.
-* layer 1, head 0 attends to tokens that follow an earlier copy of the present one: its query reads the
-present
-  token, its key what layer 0 wrote, on the rotary frequencies too slow to notice the distance. It adds the
-  content of the found token to the output.
+* layer 1, head 0 attends to tokens that follow an earlier copy of the current one: its query reads the
+  current token, its key what layer 0 wrote, on the rotary frequencies too slow to notice the distance. It
+  adds the content of the found token to the output.
 """
 
 from __future__ import annotations

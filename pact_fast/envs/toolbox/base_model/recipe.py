@@ -28,7 +28,13 @@ from pact_fast.envs.toolbox import BaseMix, base_records
 from pact_fast.envs.toolbox.base_model.induction import write_induction_circuit
 from pact_fast.envs.toolbox.base_model.tokenizer import record_texts, train_tokenizer
 
-TARGETS = (Component.REASONING, Component.STRUCTURE, Component.TOOL_CALL, Component.ANSWER)
+TARGETS = (
+    Component.REASONING,
+    Component.STRUCTURE,
+    Component.TOOL_CALL,
+    Component.ANSWER,
+    Component.THINK_TAG,
+)
 
 
 DRILL = BaseMix(
@@ -163,9 +169,10 @@ def batch_loss(model: Qwen3ForCausalLM, batch: Sequence[Tokens]) -> torch.Tensor
         wanted = torch.tensor([component in TARGETS for component in tail.components])
         targets[i, : len(tail)] = torch.where(wanted, ids[i, : len(tail)], -100)
     cache = DynamicCache(config=model.config)
-    model.model(input_ids=torch.tensor([batch[0].ids[:shared]]), past_key_values=cache, use_cache=True)
+    # By position: transformers 5.17 calls the fourth argument past_key_values, later ones cache.
+    model.model(torch.tensor([batch[0].ids[:shared]]), None, None, cache, use_cache=True)
     cache.batch_repeat_interleave(len(batch))
-    hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = model.model(ids, None, None, cache, use_cache=True).last_hidden_state
     live = targets[:, 1:] >= 0
     logits = model.lm_head(hidden[:, :-1][live])
     return torch.nn.functional.cross_entropy(logits, targets[:, 1:][live])

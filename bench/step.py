@@ -1,34 +1,28 @@
 """One CPU training step of the default config on real rollouts: one token tree against one-by-one packing.
 
-    python bench/trainer_step.py [CONFIG] [--steps 5] [--rounds 3] [--out FOLDER]
+    pact-fast bench step [CONFIG] [--steps 5] [--rounds 3] [--out PATH]
 
 Both lay out the same samples and run the same forward, loss and backward; they are timed in turn, in one
 process, after their losses and gradients have been compared: on the wall, and by the processor's time, which
 other load on the machine hardly touches.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import torch
 
-import torch  # noqa: E402
-from report import write_csv  # noqa: E402
-from runner import timings  # noqa: E402
-from tree_common import Rows  # noqa: E402
-
-from pact_fast.config import load_config  # noqa: E402
-from pact_fast.train.batch import Sample, pack_losses  # noqa: E402
-from pact_fast.train.rollouts import batch_records  # noqa: E402
-from pact_fast.train.trainer import Trainer  # noqa: E402
+from bench.rows import LOCAL, OUT_HELP, Rows
+from bench.runner import timings
+from pact_fast.config import load_config
+from pact_fast.train.batch import Sample, pack_losses
+from pact_fast.train.rollouts import batch_records
+from pact_fast.train.trainer import Trainer
 
 PACKINGS = ("tree", "none")
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def step_samples(trainer: Trainer, step: int) -> list[Sample]:
@@ -53,41 +47,51 @@ def run(trainer: Trainer, samples: list[Sample], packing: str) -> dict[str, torc
     return {"loss": torch.tensor(loss), "gradient": gradient, "tokens": torch.tensor(tokens)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: Sequence[str]) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="pact-fast bench step", description=__doc__, formatter_class=formatter
+    )
     parser.add_argument("config", nargs="?", default="configs/toolbox.yaml")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="of each step (default 3)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=LOCAL, help=OUT_HELP)
+    args = parser.parse_args(argv)
+    out = Rows(args.out, "cpu")
     overrides = {"run.dir": "runs/bench", "run.device": "cpu", "eval.score_test": "false"}
     trainer = Trainer(load_config(args.config, [w for k, v in overrides.items() for w in (f"--{k}", v)]))
-    rows = Rows()
     samples_of: dict[str, dict[str, list[float]]] = {}
     tokens: dict[str, list[int]] = {p: [] for p in PACKINGS}
     for step in range(args.steps):
         samples = step_samples(trainer, step)
-        runs = {packing: partial(run, trainer, samples, packing) for packing in PACKINGS}
-        results = {packing: once() for packing, once in runs.items()}
-        tree, none = results["tree"], results["none"]
-        difference = float((tree["gradient"] - none["gradient"]).norm() / none["gradient"].norm())
-        assert abs(tree["loss"] - none["loss"]) < 1e-5, (tree["loss"], none["loss"])
-        assert difference < 1e-4, difference
-        for packing in PACKINGS:
-            tokens[packing].append(int(results[packing]["tokens"]))
-        for kind, times in timings(runs, "cpu", 0.0, args.rounds).items():
-            for packing, values in times.items():
-                samples_of.setdefault(kind, {}).setdefault(packing, []).extend(values)
+        runs = {f"pact_fast/{packing}": partial(run, trainer, samples, packing) for packing in PACKINGS}
+        tree, none = (once() for once in runs.values())
+        check_equal(tree, none)
+        for packing, result in zip(PACKINGS, (tree, none), strict=True):
+            tokens[packing].append(int(result["tokens"]))
+        kinds, failed = timings(runs, "cpu", 0.0, args.rounds)
+        if failed:
+            raise RuntimeError(f"step {step}: {failed}")
+        for kind, times in kinds.items():
+            for name, values in times.items():
+                samples_of.setdefault(kind, {}).setdefault(name, []).extend(values)
     trainer.env.close()
     shape = " ".join(f"{packing}={statistics.mean(tokens[packing]):.0f}" for packing in PACKINGS)
     for kind, times in samples_of.items():
-        for packing, values in times.items():
-            rows.add("trainer_step", f"pact_fast/{packing}", "whole", shape, kind, "ms", values)
-        ratios = [none / tree for tree, none in zip(times["tree"], times["none"], strict=True)]
-        rows.add("trainer_step", "pact_fast/none", "whole", shape, f"{kind} over the tree's", "x", ratios)
-    write_csv(args.out / "cpu.csv", rows.rows)
+        for name, values in times.items():
+            out.add("trainer_step", name, "whole", shape, torch.float32, kind, "ms", values)
+        pairs = zip(times["pact_fast/tree"], times["pact_fast/none"], strict=True)
+        ratios, metric = [none / tree for tree, none in pairs], f"{kind} over the tree's"
+        out.add("trainer_step", "pact_fast/none", "whole", shape, torch.float32, metric, "x", ratios)
     print("losses are equal to 1e-5, gradients to 1e-4")
+    return out.status()
 
 
-if __name__ == "__main__":
-    main()
+def check_equal(tree: dict[str, torch.Tensor], none: dict[str, torch.Tensor]) -> None:
+    """RuntimeError where the two packings differ in the loss or the gradient."""
+    loss = float((tree["loss"] - none["loss"]).abs())
+    gradient = float((tree["gradient"] - none["gradient"]).norm() / none["gradient"].norm())
+    if not (loss < 1e-5 and gradient < 1e-4):
+        raise RuntimeError(
+            f"tree and one-by-one packing differ: loss by {loss:.1e}, gradient by {gradient:.1e}"
+        )

@@ -1,6 +1,6 @@
 """Runs training jobs on one or several ranks, one after another, in processes forked from this one.
 
-    python ranks.py '[{"run_dir": ..., "size": 2, "changes": {...}}, ...]'
+    python -m tests.helpers.ranks '[{"run_dir": ..., "size": 2, "changes": {...}}, ...]'
 
 A job may begin as a copy ("from") of another's run folder.
 
@@ -18,9 +18,9 @@ import traceback
 from pathlib import Path
 
 import torch
-from scale_runs import config
 
 from pact_fast.train.trainer import Trainer
+from tests.helpers.runs import config
 
 
 def rank(job, number, port):

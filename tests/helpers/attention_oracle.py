@@ -3,7 +3,7 @@
 import torch
 
 from pact_fast.kernels.tree_attention import reference
-from tests.tree.conftest import pact_sequences, random_sequences
+from tests.helpers.trees import pact_sequences, random_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = pact_sequences(1, prompt=40, trace=10, rollout=9, group=2) + random_sequences(3)

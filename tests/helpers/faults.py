@@ -1,6 +1,6 @@
 """Real faults at random moments of small real runs, each followed by a resume that must lose nothing.
 
-    python faults.py ROOT REPEATS [SCENARIO ...]
+    python -m tests.helpers.faults ROOT REPEATS [SCENARIO ...]
 
 Runs are forked from this interpreter: starting one anew takes longer than such a run. Prints one JSON object:
 per scenario the number of repetitions survived, what was seen on the way, and the traceback of a failure.
@@ -22,13 +22,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from ranks import start_ranks, wait_for
-from scale_runs import config, curve, same_weights, tiny_model, weights, words
 
 from pact_fast import cli
 from pact_fast.metrics import read_metrics
 from pact_fast.train.checkpoint import Checkpointer
 from pact_fast.train.trainer import Trainer
+from tests.helpers.ranks import start_ranks, wait_for
+from tests.helpers.runs import config, curve, same_weights, tiny_model, weights, words
 
 torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
 PHASES = ("rollout", "update", "checkpoint")

@@ -48,6 +48,24 @@ def tiny_model():
     return folder
 
 
+@functools.cache
+def tiny_experts():
+    """As `tiny_model`, of Qwen3-MoE layers whose routers have their auxiliary loss."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+
+    folder = Path(tempfile.mkdtemp(prefix="pact-experts-"))
+    base = AutoConfig.from_pretrained(tiny_model())
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same += ("num_key_value_heads", "head_dim", "tie_word_embeddings", "eos_token_id", "pad_token_id")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    routers = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+    torch.manual_seed(0)
+    shape = Qwen3MoeConfig(**{name: getattr(base, name) for name in same}, **experts, **routers)
+    AutoModelForCausalLM.from_config(shape).float().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(folder)
+    return folder
+
+
 def words(run_dir, **changes):
     values = SMALL | {
         "model.path": str(tiny_model()),

@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 import torch
 from transformers import (
     LlamaConfig,
@@ -68,6 +67,25 @@ def tiny_model(family: str, *, tied: bool = False, seed: int = 0, **overrides):
     return model
 
 
-@pytest.fixture(params=["qwen3", "llama"])
-def family(request):
-    return request.param
+def one_by_one(model, sequences):
+    """Log-probs of every sequence, each alone: the definition."""
+    out = []
+    for sequence in sequences:
+        ids = torch.tensor(sequence)
+        logprobs = model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        out.append(logprobs.gather(1, ids[1:, None])[:, 0])
+    return out
+
+
+def weighted_sum(logprobs):
+    """A scalar in which every log-prob has its own weight, so that no gradient can hide."""
+    flat = torch.cat(logprobs)
+    return (flat * torch.linspace(0.2, 1.7, flat.numel())).sum()
+
+
+def assert_gradients_equal(model, loss, expected, floor=1e-7):
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    got = torch.autograd.grad(loss, parameters, allow_unused=True)
+    want = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for name, a, b in zip(names, got, want, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + floor, name

@@ -1,0 +1,85 @@
+"""Fields of one's own records that scoring rests on: told when they are loaded, never scored by accident."""
+
+import json
+from contextlib import closing
+
+import pytest
+
+from pact_fast.data.parsing import AssistantTurn, ToolCall
+from pact_fast.envs.base import make_env
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "price", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}},
+}
+SOURCE = "def price(x):\n    return 250\n"
+
+
+def write(path, **fields):
+    row = {
+        "id": "a",
+        "prompt": [{"role": "user", "content": "?"}],
+        "tools": [TOOL],
+        "codes": {"price": SOURCE},
+    }
+    path.write_text(json.dumps({k: v for k, v in (row | fields).items() if v is not None}) + "\n")
+    return str(path)
+
+
+def play(path, text):
+    with closing(make_env("python", {"test_path": path, "workers": 1})) as env:
+        episodes = env.start(env.records("test"))
+        env.step(episodes, [AssistantTurn("", "", (ToolCall("price", {"x": "tea"}, None, ""),), "", True)])
+        env.step(episodes, [AssistantTurn("", text, (), "", True)])
+        return env.finish(episodes, [None])[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"answer": 250},
+        {"answer": ["251", 250]},
+        {"answer": "250", "unsolved_set": {"price": [250]}},
+        {"answer": "250", "unsolved_set": {"price": "250"}},
+        {"unsolved_set": {"price": ["250"]}, "answer": "It"},
+    ],
+)
+def test_gold_answers_may_be_numbers_lists_and_single_values(tmp_path, fields):
+    assert play(write(tmp_path / "t.jsonl", **fields), "It is 250.").reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"answer": ""}, "answer: is empty"),
+        ({"answer": " , "}, "answer: is empty"),
+        ({"answer": []}, "answer: is an empty list"),
+        ({"answer": {"a": 1}}, "answer: must be text"),
+        ({"answer": True}, "answer: must be text"),
+        ({}, "answer: is missing"),
+        ({"awnser": "250"}, "answer: is missing; found 'awnser': misspelt"),
+        ({"answer": "250", "codes": None, "code": {}}, "codes: is missing; found 'code'"),
+        ({"answer": "250", "unsolved_set": {"prise": ["250"]}}, "unsolved_set: answers of tool 'prise'"),
+        ({"answer": "250", "unsolved_set": {"price": [""]}}, r"unsolved_set\.price: is empty"),
+        (
+            {"answer": "250", "codes": {"price": "def cost(x):\n    return 1\n"}},
+            r"codes\.price: defines no function 'price'",
+        ),
+        ({"answer": "250", "codes": {"price": "def price(x:\n"}}, r"codes\.price: is not Python"),
+        ({"answer": "250", "codes": {"price": 7}}, r"codes\.price: must be Python source"),
+        ({"answer": "250", "codes": "[" * 50_000}, "codes: is text but not JSON: nested too deep"),
+    ],
+)
+def test_fields_that_cannot_be_scored_are_told_when_they_are_loaded(tmp_path, fields, problem):
+    path = write(tmp_path / "t.jsonl", **fields)
+    with (
+        closing(make_env("python", {"test_path": path, "workers": 1})) as env,
+        pytest.raises(ValueError, match=rf"t\.jsonl:1: record 'a': {problem}"),
+    ):
+        env.records("test")
+
+
+def test_without_sub_answers_there_is_no_share_of_them(tmp_path):
+    outcome = play(write(tmp_path / "t.jsonl", answer="250"), "No idea.")
+    assert outcome.reward == 0.0
+    assert outcome.scores == {"answer": 0.0}
