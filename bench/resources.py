@@ -3,9 +3,10 @@
     pact-fast bench resources [--arch 80 90 100] [--all] [--filter TEXT] [--csv FILE]
     python bench/resources.py ...    the same
 
-Compiles each case of kernel_cases.py and tree_kernel_cases.py for sm_80, sm_90 and sm_100, reads registers
-and stack from the cubin, spills from ptxas, and counts the tensor-core and bulk-copy instructions in the PTX.
-Each case is compiled in a process of its own, because a crash of the compiler would end this one.
+Compiles each case of kernel_cases.py, tree_kernel_cases.py and decode_cases.py for sm_80, sm_90 and sm_100,
+reads registers and stack from the cubin, spills from ptxas, and counts the tensor-core and bulk-copy
+instructions in the PTX. Each case is compiled in a process of its own, because a crash of the compiler would
+end this one.
 TRITON_INTERPRET is unset first: it replaces the compiler.
 """
 

@@ -55,9 +55,7 @@ def choose_key_tile(
         return KeyTile(16, 1, 1)
     if dtype == torch.float32:
         return KeyTile(32, 4, 2)
-    if block_d <= 128:
-        return KeyTile(64, 4, 3)
-    return KeyTile(32, 8 if block_m > 32 else 4, 3)
+    return KeyTile(64 if block_d <= 128 else 32, 8 if block_m > 32 else 4, 3)
 
 
 @triton.jit
@@ -155,7 +153,9 @@ def shared_prefix_partial_kernel(
         o_head = i_h * GROUP + o_m % GROUP
         m_q = m_m[:, None] & (o_d[None, :] < D)
         p_q = q + (b_row.to(tl.int64) * s_q + o_head * D)[:, None] + o_d[None, :]
-        b_q = tl.load(p_q, mask=m_q, other=0.0)
+        # A task whose keys are not there yet waits for nothing.
+        m_there = (o_m * 0 + i_first < i_last)[:, None]
+        b_q = tl.load(p_q, mask=m_q & m_there, other=0.0)
         i_begin = i_first
         b_low = o_m  # first key a row sees, counted in the segment
         if WINDOW:

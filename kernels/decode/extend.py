@@ -42,9 +42,11 @@ def choose_extend_tile(
         return ExtendTile(max(16, triton.next_power_of_2(group)), 16, 1, 1)
     block_m = max(64, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        return ExtendTile(max(32, triton.next_power_of_2(group)), 32, 4, 1)
+        return ExtendTile(max(16, triton.next_power_of_2(group)), 32, 8, 1)  # checks only: no tensor cores
     if block_d <= 128:
-        return ExtendTile(block_m, 64, 4 if capability[0] == 9 else 8, 3)
+        if capability[0] == 9:
+            return ExtendTile(block_m, 64, 4, 3)
+        return ExtendTile(block_m, 64, 8, 3 if block_d > 64 else 2)
     return ExtendTile(block_m, 32, 8, 2)
 
 
@@ -69,8 +71,11 @@ def extend_lists(
 ) -> ExtendLists:
     """Tiles of `tile_tokens` tokens, the longest first. `masked`: a window may hide any key, so no block is
     whole."""
-    end, tiles, blocks, pages = tasks.subtree_end, [], [], []
+    end = tasks.subtree_end
+    tiles: list[tuple[int, ...]] = []
     segments: list[tuple[int, int, int, int]] = []
+    blocks: list[int] = []
+    pages: list[int] = []
     work: list[int] = []  # keys of a tile
     for i_root, path in enumerate(tasks.paths):
         root, stop = int(tasks.roots[i_root]), int(tasks.roots[i_root + 1])

@@ -149,7 +149,7 @@ class _Batch(NamedTuple):
     live: Tensor  # [sum of query counts], index into B * Q
     rows: Tensor  # queries[live]
     slots: Tensor  # [B * K]
-    count: Tensor  # [B] keys
+    keys: Tensor  # [B] how many of them each piece has
     size: int  # K
     ragged: bool  # some piece has fewer than K keys
 
@@ -187,7 +187,7 @@ def _padded(group: list[_Piece], device: torch.device) -> _Batch:
     count = np.array([len(p.slots) for p in group])
     arrays = queries, np.flatnonzero(live), queries[live], slots.ravel(), count
     made = [torch.from_numpy(a).to(device) for a in arrays]
-    return _Batch(*made, size, bool((count < size).any()))
+    return _Batch(made[0], made[1], made[2], made[3], made[4], size, bool((count < size).any()))
 
 
 class _DecodePlan(NamedTuple):
@@ -313,7 +313,7 @@ def _merge_batch(out, lse, heads, k_cache, v_cache, batch: _Batch, scale, softca
     hidden = blind = None
     if batch.ragged or window is not None:
         place = torch.arange(batch.size, device=out.device)
-        hidden = (place >= batch.count[:, None])[:, None]  # [B, 1, K]
+        hidden = (place >= batch.keys[:, None])[:, None]  # [B, 1, K]
         if window is not None:
             hidden = hidden | (place <= (position[batch.queries] - window)[:, :, None])
             blind = hidden.all(-1)  # a softmax over nothing

@@ -137,7 +137,7 @@ def sample_row_kernel(
     b_token = tl.load(best_token + o_p, mask=m_c, other=2147483647)
     i_token = tl.min(tl.where(b_score == tl.max(b_score, 0), b_token, 2147483647), 0)
     # NaN and +inf make the sum NaN, no finite logit makes it 0; and then no score counts.
-    is_finite = (b_sum > 0.0) & (b_max < float("inf")) & (i_token != 2147483647)
+    is_finite = (b_sum > 0.0) & (i_token != 2147483647)
     b_t = tl.load(temperature + i_n)
     b_z = tl.load(logits + i_n * s_n + i_token, mask=is_finite, other=0.0).to(tl.float32)
     b_l = b_z * tl.where(b_t > 0.0, 1.0 / b_t, 1.0)

@@ -9,9 +9,12 @@ its keys). A task is one program a key/value head: it reads its keys once for al
 partial (out, lse) for each; a row's partials are merged by lse. The cuts depend on the segments alone, never
 on how many rows are in flight, so neither do a row's roundings.
 
-The list is made at a turn's border, with room in the own segments for the whole turn. How many of those keys
-exist is read from `row_length` on the device, so between borders nothing of the list changes, and a CUDA
-graph that holds its address stays valid: `DecodeTasks.copy_` refills one buffer with one copy.
+The list is made where rows come and go, with room in the own segments for the steps to come. How many of
+those keys exist is read from `row_length` on the device, so between two lists nothing changes, and a CUDA
+graph that holds its address stays valid: `DecodeTasks.copy_` refills one buffer with one copy. Room for more
+than `split_keys` further tokens is a task a head that finds nothing (about a microsecond): make a new list
+every few hundred steps rather than one for thousands. Pages of 64 tokens suit the kernels best: a tile of
+keys is then one page.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from decode_cases import Cache, dense_forest, dense_rows, random_forest, trie_batch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
@@ -16,6 +15,7 @@ from pact_fast.kernels.decode.tasks import (
     decode_tasks,
     extend_tasks,
 )
+from tests.helpers.decode_cases import Cache, dense_forest, dense_rows, random_forest, trie_batch
 
 TRIE = (
     [5, 9, 1, 0, 17],
