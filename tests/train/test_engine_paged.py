@@ -203,7 +203,7 @@ QWEN3_TOKENIZER = Path(__file__).parent.parent.parent / ".cache" / "tokenizer-qw
 def test_greedy_is_generates_own_on_real_tokenizers(tokenizer, paged):
     if tokenizer == "qwen3":
         if not QWEN3_TOKENIZER.is_dir():
-            pytest.skip("the Qwen3 tokenizer is not in .cache (scripts/qwen3_tokenizer.py)")
+            pytest.skip("the Qwen3 tokenizer cannot be fetched here: python scripts/qwen3_tokenizer.py")
         words = AutoTokenizer.from_pretrained(QWEN3_TOKENIZER)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
