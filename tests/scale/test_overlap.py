@@ -349,9 +349,7 @@ def test_kill_9_of_a_server_at_random_moments_loses_nothing(root, server, undist
 
 def test_what_cannot_be_is_refused_with_the_way_out(tmp_path):
     ahead = {"rollout__overlap": True, "objective__importance_ratio_cap": 2.0}
-    with pytest.raises(
-        ConfigError, match=r"overlap=true needs rollout.engine=http, not 'in_process'"
-    ):
+    with pytest.raises(ConfigError, match=r"overlap=true needs rollout.engine=http, not 'in_process'"):
         Trainer(config(tmp_path / "run", **ahead))
     words = ["--rollout.overlap", "true", "--rollout.engine", "http", "--rollout.servers", "[http://x:1]"]
     with pytest.raises(ConfigError, match=r"importance_ratio_cap=None .*ratio_denominator=rollout"):
