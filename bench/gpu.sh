@@ -60,7 +60,7 @@ part_setup() {
 # By name: all other files would be imported too, and need packages that a machine for inference or training may lack.
 part_tests() {
     within "${TESTS_LIMIT:-150}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" tests/ops/test_head_gpu.py \
-        tests/ops/test_head_kernels.py tests/tree/test_tree_kernels.py
+        tests/ops/test_head_kernels.py tests/tree/test_tree_kernels.py tests/ops/test_decode_kernels.py
 }
 
 # The loss comes last: a peer of it goes through torch.compile, whose time is not ours to bound.

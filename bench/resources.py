@@ -3,9 +3,10 @@
     pact-fast bench resources [--arch 80 90 100] [--all] [--filter TEXT] [--csv FILE]
     python bench/resources.py ...    the same
 
-Compiles each case of kernel_cases.py and tree_kernel_cases.py for sm_80, sm_90 and sm_100, reads registers
-and stack from the cubin, spills from ptxas, and counts the tensor-core and bulk-copy instructions in the PTX.
-Each case is compiled in a process of its own, because a crash of the compiler would end this one.
+Compiles each case of kernel_cases.py, tree_kernel_cases.py and decode_cases.py for sm_80, sm_90 and sm_100,
+reads registers and stack from the cubin, spills from ptxas, and counts the tensor-core and bulk-copy
+instructions in the PTX. Each case is compiled in a process of its own, because a crash of the compiler would
+end this one.
 TRITON_INTERPRET is unset first: it replaces the compiler.
 """
 
@@ -46,17 +47,19 @@ TIME_LIMIT = 300  # seconds a case; the slowest takes about 10 s of an idle core
 
 def default_cases() -> list[Case]:
     """Every kernel as Qwen3 runs it, in bf16."""
+    from bench.decode_cases import decode_cases
     from bench.kernel_cases import QWEN_VOCAB, gradient_cases, row_cases
     from bench.tree_kernel_cases import tree_cases
 
     tree = [*tree_cases("bf16", 128), *tree_cases("bf16", 64)]
     # Of the windowed kernels the one whose tile has the least room: it spilled with a larger one.
     tree += [c for c in tree_cases("bf16", 128, window=True) if c.arch == 90 and " dkv " in c.name]
-    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16"), *tree]
+    return [*row_cases("bf16", QWEN_VOCAB), *gradient_cases("bf16"), *tree, *decode_cases()]
 
 
 def all_cases() -> list[Case]:
     """Other dtypes, vocabularies and head dimensions, too."""
+    from bench.decode_cases import more_decode_cases
     from bench.kernel_cases import QWEN_VOCAB, gradient_cases, row_cases
     from bench.tree_kernel_cases import tree_cases
 
@@ -66,7 +69,7 @@ def all_cases() -> list[Case]:
     small = [case for dtype in ("bf16", "fp32") for case in row_cases(dtype, 512)]
     tree = [*tree_cases("fp16", 128), *tree_cases("bf16", 96), *tree_cases("bf16", 256)]
     tree += tree_cases("bf16", 128, window=True)
-    return default_cases() + more + small + list(row_cases("bf16", 50_257)) + tree
+    return default_cases() + more + small + list(row_cases("bf16", 50_257)) + tree + more_decode_cases()
 
 
 def compile_case(case: Case, arch: int) -> dict[str, object]:
