@@ -21,7 +21,7 @@ from pact_fast.data.segments import PREVIEW
 from pact_fast.data.traces import read_annotation, trace_problem
 from pact_fast.envs.base import make_env
 from pact_fast.envs.toolbox.base_model import base_model_path
-from tests.data.chat_server import ChatServer, expert, in_text
+from tests.helpers.chat_server import ChatServer, expert, in_text
 
 PERFECT = {"train_tasks": 6, "success_rate": 1.0, "detour_rate": 0.0}
 FAST = ["--backoff", "0.01", "--timeout", "1", "--retry-timeout", "60", "--concurrency", "3"]

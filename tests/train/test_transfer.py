@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from trainer_steps import step_samples
 
 from pact_fast.train.transfer import context_transfer
 from pact_fast.tree.scoring import sequence_logprobs
+from tests.helpers.trainer_steps import step_samples
 
 
 def direct_gradient(trainer, samples, records, *, under, keep):
