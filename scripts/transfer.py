@@ -1,11 +1,12 @@
 """Does the gradient under the trace point where the gradient under the prompt alone points?
 
-    python scripts/transfer.py [CONFIG] --model NAME=FOLDER [--model ...] [--prompts 16] [--csv FILE]
+    python scripts/transfer.py [--config FILE] --model NAME=FOLDER [--model ...] [--prompts 16] [--csv FILE]
+    [KEYS]
 
-Draws the rollouts of one step of CONFIG (default configs/toolbox.yaml; no anchors) with each model and
+Draws the rollouts of one step of the config (default configs/toolbox.yaml; no anchors) with each model and
 prints the cosine between the gradients of L_RL(c) and L_RL(x) over them (pact_fast.train.transfer): whole,
 by the sign of the advantage, by whether a token agrees with the trace or departs from it, and by layer.
-`toolbox-base` is the bundled model.
+`toolbox-base` is the bundled model. KEYS: of the config, as --objective.trace_context message.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", default="configs/toolbox.yaml")
+    parser.add_argument("--config", default="configs/toolbox.yaml")
     parser.add_argument("--model", action="append", help="NAME=FOLDER; default: base=toolbox-base")
     parser.add_argument("--prompts", type=int, default=16, help="of the step")
     parser.add_argument("--seed", type=int, default=0)
