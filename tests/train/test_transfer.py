@@ -61,7 +61,7 @@ def test_under_the_same_context_transfer_is_whole(make_trainer):
     trainer = make_trainer("pact-no-sft")
     samples, _, _ = step_samples(trainer)
     records = {r.id: r for r in trainer.records}
-    trainer.builder._privileged = {name: trainer.builder.prompt(r).ids for name, r in records.items()}
+    trainer.builder.privileged_prompt = lambda record: trainer.builder.prompt(record).ids
     bare = [trainer.builder.prompt(records[s.record_id]).ids for s in samples]
     for sample, x in zip(samples, bare, strict=True):
         start = int(sample.live()[0])  # the first sampled token follows the context
