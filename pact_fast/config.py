@@ -125,6 +125,9 @@ class EvalConfig:
     score_test: bool = key(True, "score the held-out split at the end")
     score_base: bool = key(True, "score the model before training, too")
     gauge_every: int = count(20, "steps between gauges of both contexts; 0: none", low=0)
+    transfer_every: int = count(
+        0, "steps between measures of pact/context_transfer, 8 backward passes each; 0: none", low=0
+    )
 
 
 @dataclass(frozen=True)

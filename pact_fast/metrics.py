@@ -39,7 +39,7 @@ class Metric:
 
 # Names follow TRL's where TRL has one; what only PACT has stands under pact/.
 METRICS: dict[str, Metric] = {
-    "loss": Metric("total loss: policy_loss + alpha * sft_loss (+ router_loss)"),
+    "loss": Metric("total loss: policy_loss + beta_SFT * sft_loss (+ router_loss)"),
     "policy_loss": Metric("clipped surrogate of the rollouts (with KL and entropy terms where on)"),
     "sft_loss": Metric("component-weighted cross-entropy of the expert trace"),
     "router_loss": Metric(
@@ -76,6 +76,13 @@ METRICS: dict[str, Metric] = {
     "pact/ppo_kl": Metric("mean of old - new log-prob; 0 on the first update after a rollout", "nats"),
     "pact/trace_logprob": Metric("mean log-prob of the trace's supervised tokens, log pi(h|x)", "nats"),
     "pact/trace_gain": Metric("mean of log pi(y|x,h) - log pi(y|x) over sampled tokens", "nats"),
+    "pact/trace_gain_positive": Metric("trace_gain over tokens of positive advantage", "nats"),
+    "pact/trace_gain_negative": Metric("trace_gain over tokens of negative advantage", "nats"),
+    "pact/context_transfer": Metric("cosine of the policy gradients under (x,h) and under x, same rollouts"),
+    "pact/context_transfer_positive": Metric("context_transfer of tokens of positive advantage"),
+    "pact/context_transfer_negative": Metric("context_transfer of tokens of negative advantage"),
+    "pact/context_transfer_agree": Metric("context_transfer of tokens that the trace makes no less likely"),
+    "pact/context_transfer_depart": Metric("context_transfer of tokens that the trace makes less likely"),
     "pact/logprob_mismatch": Metric(
         "mean |engine - trainer| prompt-only log-prob over sampled tokens", "nats"
     ),

@@ -54,6 +54,7 @@ from pact_fast.train.step_metrics import (
     speed,
     update_metrics,
 )
+from pact_fast.train.transfer import context_transfer, transfer_metrics
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "tokens_trained", "evaluated")
 
@@ -134,6 +135,8 @@ class Trainer:
         gauge |= row.get("pact/staleness", 0) > 0
         with phases("score"):
             row |= self.score(mini_batches, {r.id: r for r in records}, several or gauge)
+            if config.eval.transfer_every and step % config.eval.transfer_every == 0:
+                row |= self.transfer(mini_batches, {r.id: r for r in records})
         updates = []
         with phases("update"):
             for _ in range(config.train.num_iterations):
@@ -183,6 +186,23 @@ class Trainer:
             for sample, logprobs in zip(samples, found, strict=True):
                 sample.ref_logprobs = logprobs
         return row
+
+    def transfer(
+        self, mini_batches: Sequence[Sequence[Sample]], records: dict[str, Record]
+    ) -> dict[str, float]:
+        """`pact/context_transfer` of a step."""
+        if self.world.size > 1:
+            every = self.config.eval.transfer_every
+            raise ConfigError(f"eval.transfer_every={every}: takes one process, there are more: give 0")
+        found = context_transfer(
+            self.policy,
+            self.builder,
+            [s for part in mini_batches for s in part],
+            records,
+            temperature=self.config.rollout.temperature,
+            token_budget=self.config.train.token_budget,
+        )
+        return transfer_metrics(found)
 
     def rollout(self, records: Sequence[Record], step: int) -> list[Rollout]:
         """The step's rollouts, sampled ahead or now; begins the next step's where these are to be ahead."""
