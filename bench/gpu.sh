@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one command and without a network: `make gpu`, or one part: bash bench/gpu.sh PART...
-#   setup    environment on the machine's own torch and triton, native parts built if nvcc is there
+#   setup    environment on the machine's own torch and triton, native part built if a C++ compiler is there
 #   tests    the GPU tests and the kernel tests, compiled instead of interpreted
 #   bench    the ops beside their peers at the main shape: CSV rows and a plot in bench/results/
 #   tree     attention, training step and scoring pass of token trees (all lengths: python -m bench tree)

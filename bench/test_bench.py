@@ -17,7 +17,7 @@ CASES = [
     for shape in op.cpu_shapes[:1]
     for mode in op.modes
     for name in op.providers
-    if not name.startswith(NEEDS_GPU) and not name.endswith(("/triton", "/cuda"))
+    if not name.startswith(NEEDS_GPU) and not name.endswith("/triton")
 ]
 
 

@@ -162,8 +162,8 @@ class Sharded:
         """In which the forward computes; the master weights may be wider."""
         return self.param_dtype or cast(Any, self.model).dtype
 
-    def run(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Calls `compute` where the root's weights are whole; its tensor may be sent backward."""
+    def run(self, compute: Callable[[], T]) -> T:
+        """Calls `compute` where the root's weights are whole; its tensors may be sent backward."""
         return compute() if self._root is None else self._root(compute)
 
     def sync_gradients(self, now: bool) -> None:
@@ -220,7 +220,7 @@ class _Root(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+    def forward(self, compute: Callable[[], T]) -> T:
         return compute()
 
 

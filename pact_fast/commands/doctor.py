@@ -13,8 +13,6 @@ import operator
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -85,7 +83,6 @@ def examine() -> list[Finding]:
     findings += _guard("devices", _devices)
     findings += [_package(name, "optional", cost) for name, cost in OPTIONAL]
     findings += _guard("compiled", _native_parts)
-    findings += _guard("compiled", _nvcc)
     findings += _guard("sandbox", _sandbox)
     return findings
 
@@ -201,10 +198,7 @@ def _native_parts() -> list[Finding]:
     """The libraries that setup.py builds; each is loaded to see that it really works on this machine."""
     import ctypes
 
-    parts = {
-        "tree_pack": "trees are packed in NumPy, slower",
-        "logits_rows": "the fused head's row kernel runs in Triton or torch",
-    }
+    parts = {"tree_pack": "trees are packed in NumPy, slower"}
     found = {path.name.split(".")[0].removeprefix("lib"): path for path in NATIVE.glob("*.so")}
     findings = []
     for name, cost in parts.items():
@@ -220,17 +214,6 @@ def _native_parts() -> list[Finding]:
                 Finding("compiled", name, "error", str(error), f"{cost}; build it again: pip install -e .")
             )
     return findings
-
-
-def _nvcc() -> list[Finding]:
-    cost = "CUDA sources of csrc/ cannot be built; everything else works"
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    if path is None:
-        return [Finding("compiled", "nvcc", "missing", "not on PATH nor in CUDA_HOME", cost)]
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30).stdout
-    release = re.search(r"release ([\d.]+)", text)
-    return [Finding("compiled", "nvcc", "ok", f"{release[1] if release else 'unknown version'} ({path})")]
 
 
 def _guard(area: str, look: Callable[[], list[Finding]]) -> list[Finding]:

@@ -215,16 +215,18 @@ def trim(sample: Sample) -> Sample:
 
 @dataclass
 class PackLoss:
-    """Loss of one pack: outputs of the policy rows and of the trace rows, beside the samples they came
-    from."""
+    """Loss of one pack; `output` is of the live tokens of `samples`, one after another (None without any)."""
 
     loss: Tensor
     samples: list[Sample]
-    policy: PactLossOutput | None
-    sft: PactLossOutput | None
+    output: PactLossOutput | None
     num_tokens: int
     num_pairs: int  # of a token and one it attends to, over all layers
     router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
+
+    def policy_rows(self) -> Tensor:
+        """bool [rows of output]: those of rollouts; the others are of traces."""
+        return torch.cat([torch.full((len(s.live()),), s.is_policy) for s in self.samples])
 
 
 def pack_losses(
@@ -265,25 +267,13 @@ def pack_losses(
         chosen = [samples[i] for i in indices]
         pack = lay_out(indices)
         pairs = attention_pairs(policy.family, pack.position_ids)
-        outputs: dict[bool, PactLossOutput | None] = {}
-        router: list[Tensor] = []
-        compute = partial(
-            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, balance, indices, router
-        )
+        compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, balance, indices)
         if sharded is None:
-            total = compute()
+            loss, output, router_loss = compute()
         else:
             sharded.sync_gradients(number == len(plan) - 1)
-            total = sharded.run(compute)
-        yield PackLoss(
-            total,
-            chosen,
-            outputs[True],
-            outputs[False],
-            pack.num_tokens,
-            pairs,
-            router[0] if router else None,
-        )
+            loss, output, router_loss = sharded.run(compute)
+        yield PackLoss(loss, chosen, output, pack.num_tokens, pairs, router_loss)
 
 
 @dataclass
@@ -337,71 +327,70 @@ def _pack_loss(
     objective: ObjectiveConfig,
     temperature: float,
     impl: str,
-    outputs: dict[bool, PactLossOutput | None],
     balance: _Balance | None,
     indices: Sequence[int],
-    router: list[Tensor],
-) -> Tensor:
-    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`, its
-    part of the router's auxiliary loss into `router`, where `balance` is given; `indices`: of the samples."""
+) -> tuple[Tensor, PactLossOutput | None, Tensor | None]:
+    """Loss of one pack, the op's output where it has loss rows, and its part of the router's auxiliary loss
+    where `balance` is given; `indices`: of the samples. Only the loss carries a gradient."""
     # Before the forward: a copy to the device waits for what is queued there.
-    rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
+    rows = _loss_rows(pack, samples, temperature, policy.device)
+    router_loss = None
     if balance is None:
         hidden = policy.hidden(pack)
     else:
         hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
         aux = balance_loss(load.probs, balance.counts, balance.routings)
-        router.append(policy.family.router_coef * aux)
-    for kind, terms in rows.items():
-        scale = temperature if kind else 1.0
-        outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
-    losses = [o.loss for o in outputs.values() if o is not None]
-    if not losses:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
+        router_loss = policy.family.router_coef * aux
+    output = _call_op(policy, hidden, rows, objective, impl) if rows else None
+    if output is not None:
+        losses = [output.loss]
+        output = output._replace(loss=output.loss.detach())
+    else:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
         losses = [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
-    return torch.stack(losses + router).sum()
+    if router_loss is None:
+        return torch.stack(losses).sum(), output, None
+    return torch.stack([*losses, router_loss]).sum(), output, router_loss.detach()
 
 
 def _loss_rows(
-    pack: TreePack, samples: Sequence[Sample], is_policy: bool, device: torch.device
-) -> dict[str, Any] | None:
-    """Arguments of `linear_pact_loss` for the policy rows, or for the trace rows, of a pack; None without
-    any."""
+    pack: TreePack, samples: Sequence[Sample], temperature: float, device: torch.device
+) -> dict[str, Any]:
+    """Per-row arguments of `linear_pact_loss`: a pack's live tokens, sample by sample; empty without any.
+
+    A trace's rows have policy weight 0 and temperature 1; what only rollouts have is 0 there.
+    """
     rows: dict[str, list[Tensor]] = {}
-
-    def add(name: str, values: Tensor) -> None:
-        rows.setdefault(name, []).append(values)
-
+    kinds = {s.is_policy for s in samples if len(s.live())}
+    if not kinds:
+        return {}
+    names = ["policy_weight", "advantages"] * (True in kinds) + ["sft_weight"] * (False in kinds)
+    names += [
+        name
+        for name in ("old_logprobs", "ref_logprobs")
+        if any(s.is_policy and getattr(s, name) is not None for s in samples)
+    ]
     for sample, index in zip(samples, pack.token_index, strict=True):
         live = sample.live()
-        if sample.is_policy != is_policy or not len(live):
-            continue
-        add("target", sample.ids[live])
-        add("row_index", index[live - 1])
-        if is_policy:
-            add("policy_weight", sample.policy_weight[live])
-            add("advantages", sample.advantages[live])
-            if sample.old_logprobs is not None:
-                add("old_logprobs", sample.old_logprobs[live])
-            if sample.ref_logprobs is not None:
-                add("ref_logprobs", sample.ref_logprobs[live])
-        else:
-            add("sft_weight", sample.sft_weight[live])
-    return {k: torch.cat(v).to(device) for k, v in rows.items()} or None
+        values = {"target": sample.ids[live], "row_index": index[live - 1]}
+        for name in names:
+            value = getattr(sample, name)
+            if value is None and sample.is_policy:
+                raise ValueError(f"{name} is missing in a rollout of {sample.record_id}, but not in others")
+            values[name] = torch.zeros(len(live)) if value is None else value[live]
+        if temperature != 1.0:
+            values["temperature"] = torch.full((len(live),), temperature if sample.is_policy else 1.0)
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    return {name: torch.cat(value).to(device) for name, value in rows.items()}
 
 
 def _call_op(
-    policy: Policy,
-    hidden: Tensor,
-    rows: dict[str, Any],
-    objective: ObjectiveConfig,
-    temperature: float,
-    impl: str,
+    policy: Policy, hidden: Tensor, rows: dict[str, Any], objective: ObjectiveConfig, impl: str
 ) -> PactLossOutput:
-    head = policy.head
+    head, temperature = policy.head, rows.pop("temperature", 1.0)
     return linear_pact_loss(
         hidden,
         head.weight,
-        rows.pop("target"),
         **rows,
         epsilon_low=objective.epsilon,
         epsilon_high=objective.epsilon if objective.epsilon_high is None else objective.epsilon_high,
