@@ -22,7 +22,7 @@ from pact_fast.envs.python_tools import (
     PythonToolsSettings,
     SourceEpisode,
     answers_of,
-    check_reward,
+    check_settings,
     solve_scores,
 )
 
@@ -37,7 +37,7 @@ class FtrlSettings(PythonToolsSettings):
     reward: str = "turn_f1"
 
     def __post_init__(self) -> None:
-        check_reward("ftrl", self, ("turn_f1", "solve_f1", *REWARDS))
+        check_settings("ftrl", self, ("turn_f1", "solve_f1", *REWARDS))
 
 
 class FtrlEnv(PythonToolsEnv):

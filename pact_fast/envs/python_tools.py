@@ -3,7 +3,7 @@ ToolHop.
 
 A record's `env` holds `codes` ({tool name: source that defines a function of that name}), and `answer`
 (text, a number, or a list of alternatives) or `unsolved_set` ({tool name: values its calls should give}), or
-both. The source is untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result
+both. The source is untrusted: every call runs in the sandbox, in a process of its own. A tool's result
 becomes text the way FTRL does it: dicts and lists as JSON, text as it is, all else through str().
 """
 
@@ -71,18 +71,21 @@ class PythonToolsSettings:
     )
     workers: int = 2
     time_limit: float = 10.0  # seconds per call
-    memory_mb: int = 512  # per worker
+    memory_mb: int = 512  # per call
+    sandbox: str = "strict"  # "weak": run the tools even where the machine cannot shut them in
 
     def __post_init__(self) -> None:
-        check_reward("python", self, ("solve", *REWARDS))
+        check_settings("python", self, ("solve", *REWARDS))
 
     @property
     def matches_calls(self) -> bool:
         return self.reward in REWARDS
 
 
-def check_reward(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
-    """Raises ValueError for a reward that environment `name` does not have."""
+def check_settings(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
+    """Raises ValueError for a reward that environment `name` does not have, or a sandbox that there is not."""
+    if settings.sandbox not in ("strict", "weak"):
+        raise ValueError(f"env.{name}.sandbox: one of strict, weak, got {settings.sandbox!r}")
     if settings.reward not in rewards:
         raise ValueError(f"env.{name}.reward: one of {', '.join(rewards)}, got {settings.reward!r}")
 
@@ -126,7 +129,10 @@ class PythonToolsEnv:
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.sandbox = Sandbox(
-            workers=settings.workers, time_limit=settings.time_limit, memory_mb=settings.memory_mb
+            workers=settings.workers,
+            time_limit=settings.time_limit,
+            memory_mb=settings.memory_mb,
+            weak=settings.sandbox == "weak",
         )
         self._files: dict[str, list[Record]] = {}
 
@@ -158,6 +164,7 @@ class PythonToolsEnv:
         path = getattr(self.settings, key)
         if path is None:
             raise ValueError(f"env.{self.name}.{key}: is not set, give the file of records")
+        self.sandbox.admit_untrusted()  # said before a model is trained, not at its first call
         if path not in self._files:
             self._files[path] = [self._prepare(r) for r in self._read(Path(path))]
         return self._files[path]
