@@ -15,13 +15,14 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, load_records
-from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.base import Episode, Outcome, StepResult, reply_or_end
 from pact_fast.envs.call_matching import (
     REWARDS,
     Call,
@@ -221,14 +222,14 @@ class PythonToolsEnv:
         return SourceEpisode(record, remaining={tool: list(answers) for tool, answers in unsolved.items()})
 
     def step(self, episodes: Sequence[SourceEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
-        jobs = [
-            self._job(episode, call)
-            for episode, turn in zip(episodes, turns, strict=True)
-            for call in turn.tool_calls
-            if self._runs(episode, call)
+        rows = list(zip(episodes, turns, strict=True))
+        jobs = [[self._job(e, call) for call in t.tool_calls if self._runs(e, call)] for e, t in rows]
+        results = iter(self.sandbox.run([job for row in jobs for job in row]))
+        mine = [iter([next(results) for _ in row]) for row in jobs]
+        return [
+            reply_or_end(e, partial(self._step_one, e, t, given))
+            for (e, t), given in zip(rows, mine, strict=True)
         ]
-        results = iter(self.sandbox.run(jobs))
-        return [self._step_one(e, t, results) for e, t in zip(episodes, turns, strict=True)]
 
     def _runs(self, episode: SourceEpisode, call: ToolCall) -> bool:
         return call.error is None and call.name in episode.record.env["codes"]
@@ -279,7 +280,7 @@ class PythonToolsEnv:
     def _render(self, call: ToolCall, result: CallResult) -> tuple[str | None, str]:
         """(failure kind or None, text): arguments the function does not take are the model's mistake."""
         if result.kind == "ok":
-            return None, result.value
+            return None, result.value if isinstance(result.value, str) else json.dumps(result.value)
         name, _, message = result.error.partition(": ")
         wrong_arguments = name == "TypeError" and f"{call.name}()" in message
         kind = "bad_arguments" if wrong_arguments else "tool_error"
