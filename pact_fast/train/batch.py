@@ -254,7 +254,7 @@ def pack_losses(
         [s.ids for s in samples], token_budget, groups=[s.record_id for s in samples], share=tree
     )
     if sharded is not None:
-        plan = sharded.world.pad_shard(plan, [])
+        plan = sharded.world.rounds("update", plan, [])
 
     def lay_out(indices: Sequence[int]) -> TreePack:
         ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
