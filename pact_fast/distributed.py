@@ -66,6 +66,9 @@ class World:
     ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.distributed = distributed or size > 1
+        self.group: Any = (
+            None  # of exchanges; never that of weights and gradients: neither can take the other's
+        )
         self.passes = 0  # shares begun so far
         self.position = "the start"
 
@@ -83,7 +86,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def concat(self, mine: Sequence[T]) -> list[T]:
@@ -155,6 +158,7 @@ def join_world(device: str) -> World:
         # gloo beside NCCL: Python objects travel over the host.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     if size > 1:
+        world.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=rank_timeout()))
         Watchdog(world).start()
     return world
 

@@ -186,7 +186,11 @@ def test_shares_cover_everything_once_and_even_ones_are_as_long():
     assert [w.rounds("update", [], -1) for w in worlds] == [[], [], []]
     alone = World()
     assert (
-        alone.shard(items) == alone.join(items) == alone.concat(items) == alone.rounds("a", items, -1) == items
+        alone.shard(items)
+        == alone.join(items)
+        == alone.concat(items)
+        == alone.rounds("a", items, -1)
+        == items
     )
     assert alone.any(True)
     assert not alone.any(False)

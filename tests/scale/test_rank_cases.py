@@ -12,7 +12,10 @@ import torch
 HERE = Path(__file__).parent
 CASES = int(os.environ.get("PACT_RANK_CASES", "200"))
 SIZES = (1, 2, 3)
-BOUND = 2e-5  # of a gradient, relative to its largest entry: fp32 sums in another order
+BOUND = 3e-6  # of a gradient, relative to its largest entry: fp32 sums in another order
+# The divergence from a reference that the policy still equals has gradient 0, of which rounding leaves beta (0.05
+# here) times the last bits of a log-prob: nothing but that, where all advantages are 0.
+NOISE = 3e-8
 
 
 def run(folder, size, cases, *fault, timeout=1500):
@@ -58,8 +61,8 @@ def test_several_ranks_have_the_gradient_of_one_process(cases, size):
             largest = max((float(g.abs().max()) for g in (a or {}).values()), default=0.0)
             for name in a or {}:
                 gap = float((a[name] - b[name]).abs().max())
-                assert gap <= BOUND * largest, (number, name, gap, largest)
-                worst, compared = max(worst, gap / largest if largest else 0.0), compared + 1
+                assert gap <= BOUND * largest + NOISE, (number, name, gap, largest)
+                worst, compared = max(worst, gap / largest if largest > NOISE else 0.0), compared + 1
     print(f"{size} ranks, {CASES} cases, {compared} gradients: largest relative difference {worst:.1e}")
     assert compared > CASES
 
