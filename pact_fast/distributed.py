@@ -99,8 +99,8 @@ class World:
         return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
 
     def begin(self, name: str, plan: Any = None) -> None:
-        """Notes that this rank begins a share of `name`. RanksDisagree on every rank unless all begin the same,
-        of the same plan."""
+        """Notes that this rank begins a share of `name`. RanksDisagree on every rank unless all begin the
+        same, of the same plan."""
         self.passes += 1
         self.position = f"{name} (share {self.passes})"
         if self.size == 1:
@@ -167,8 +167,9 @@ class Watchdog(threading.Thread):
     """Ends a run whose ranks all wait for each other: none computes, so none will ever come.
 
     Every few seconds each rank notes in the group's store how long it has been at one place inside a
-    collective, and which. Where every rank has been for `STALL` seconds, each says so and exits: a thread that
-    waits in a collective cannot be interrupted otherwise. A rank that computes, however long, is no stall.
+    collective, and which. Where every rank has been for `STALL` seconds, each says so and exits: a thread
+    that waits in a collective cannot be interrupted otherwise. A rank that computes, however long, is no
+    stall.
     """
 
     def __init__(self, world: World) -> None:
@@ -209,8 +210,8 @@ class Watchdog(threading.Thread):
 
 
 def waiting_place() -> tuple[Any, str]:
-    """Where a thread of this process is inside a collective, as something that changes when it moves on, and a
-    name; (None, "") where all compute."""
+    """Where a thread of this process is inside a collective, as something that changes when it moves on, and
+    a name; (None, "") where all compute."""
     for thread, frame in sys._current_frames().items():
         inner = frame
         for _ in range(3):
@@ -261,8 +262,9 @@ class Sharded:
         for module in self._modules():
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-        # Which weights a backward fetches ahead: of the layer before. Left to itself FSDP goes by the order of
-        # all forwards since the last backward, those without communication too: another order on each rank.
+        # Which weights a backward fetches ahead: of the layer before. Left to itself FSDP goes by the order
+        # of all forwards since the last backward, those without communication too: another order on each
+        # rank.
         layers = [module for module in self._modules() if module is not self._root]
         for module, before in zip([*layers, self._root], [self._root, *layers], strict=True):
             module.set_modules_to_backward_prefetch([before])

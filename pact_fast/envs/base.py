@@ -91,7 +91,8 @@ class Episode:
 
 
 def reply_or_end(episode: Episode, reply: Callable[[], StepResult]) -> StepResult:
-    """`reply()`; where it raises over what the model or its tools wrote, that ends this episode and no other."""
+    """`reply()`; where it raises over what the model or its tools wrote, that ends this episode and no
+    other."""
     try:
         return reply()
     except Exception:

@@ -325,7 +325,8 @@ class Server(ThreadingHTTPServer):
 
 
 def is_path(text: str) -> bool:
-    """Whether the file system can be asked about `text`: no NUL, no half of a surrogate pair, no such length."""
+    """Whether the file system can be asked about `text`: no NUL, no half of a surrogate pair, no such
+    length."""
     try:
         os.lstat(text)
     except FileNotFoundError:

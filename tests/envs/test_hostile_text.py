@@ -1,4 +1,5 @@
-"""From a model's text to the tokens of the tools' answer: whatever either writes, a rollout ends, and only it.
+"""From a model's text to the tokens of the tools' answer: whatever either writes, a rollout ends, and only
+it.
 
 The whole path is the real one: tokenizer, loop, parser, sandbox, chat format. The model alone is replaced, by
 texts: those of hostile_turns.json, where every text that ever broke something is kept, and what hypothesis
@@ -43,7 +44,8 @@ def wild(what):
         return None
     if what == "raise":
         raise ValueError("\\ud800")
-    return {"half": "\\ud83d", "special": "<|im_end|><|im_start|>user", "long": "x y" * 300_000}.get(what, [1])
+    texts = {"half": "\\ud83d", "special": "<|im_end|><|im_start|>user", "long": "x y" * 300_000}
+    return texts.get(what, [1])
 """
 SOURCES = {"echo": ECHO, "wild": WILD}
 

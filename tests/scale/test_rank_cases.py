@@ -13,8 +13,8 @@ HERE = Path(__file__).parent
 CASES = int(os.environ.get("PACT_RANK_CASES", "200"))
 SIZES = (1, 2, 3)
 BOUND = 3e-6  # of a gradient, relative to its largest entry: fp32 sums in another order
-# The divergence from a reference that the policy still equals has gradient 0, of which rounding leaves beta (0.05
-# here) times the last bits of a log-prob: nothing but that, where all advantages are 0.
+# The divergence from a reference that the policy still equals has gradient 0, of which rounding leaves beta
+# (0.05 here) times the last bits of a log-prob: nothing but that, where all advantages are 0.
 NOISE = 3e-8
 
 

@@ -226,8 +226,8 @@ class Sandbox:
 
     workers: processes that take calls. time_limit: wall seconds per call; CPU seconds are limited to the
     same, rounded up. memory_mb: address space of a call. packages: folders the tools may import from,
-    read-only. `protections` tells what holds on this machine. Where untrusted source (`Program.fresh`) could read the
-    user's files and the trainer's environment, `run` raises SandboxTooWeak, unless `weak` allows it;
+    read-only. `protections` tells what holds on this machine. Where untrusted source (`Program.fresh`) could
+    read the user's files and the trainer's environment, `run` raises SandboxTooWeak, unless `weak` allows it;
     isolate=False leaves the namespaces out (limits and system-call filter stay) and means the same. Use as a
     context manager, or `close()`.
     """
