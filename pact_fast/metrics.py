@@ -217,9 +217,11 @@ class MetricsLogger:
     def close(self) -> None:
         if not self._write:
             return
-        self._file.close()
+        with writing(self.run_dir / METRICS_FILE):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with writing(self.run_dir / EVENTS_DIR):
+                self._events.close()
         for tracker in self._trackers:
             tracker.finish()
 
