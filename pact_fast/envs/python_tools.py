@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

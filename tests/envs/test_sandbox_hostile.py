@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pact_fast.data.untrusted import MAX_DEPTH
+from pact_fast.data.reading import MAX_DEPTH
 from pact_fast.envs.base import make_env
 from pact_fast.envs.sandbox.sandbox import Program, Sandbox, SandboxCall, SandboxTooWeak
 
@@ -120,9 +120,9 @@ def test_an_answer_that_no_worker_gives_is_the_workers_death(lie, tmp_path, monk
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        ("x = []\nfor _ in range(900): x = [x]\nreturn x", "deep"),
+        ("x = []\nfor _ in range(900): x = [x]\nreturn x", "too deep"),
         ("return 10 ** 4299", "digits"),
-        ("import json\njson.dumps = lambda v: '[' * 300_000\nreturn 1", "deep"),
+        ("import json\njson.dumps = lambda v: '[' * 300_000\nreturn 1", "too deep"),
         ("import json\njson.dumps = lambda v: '9' * 5000\nreturn 1", "digits"),
         ("import json\njson.dumps = lambda v: 'no json'\nreturn 1", "Expecting"),
         ("import json\njson.dumps = lambda v: '\\udc80'\nreturn 1", "surrogate"),

@@ -359,7 +359,8 @@ class Scenarios:
         return f"{failed} runs ended with an error that names the disk"
 
     def folders(self):
-        """Folders and files that cannot be written or read: one line, which names the file, and no traceback."""
+        """Folders and files that cannot be written or read: one line, which names the file, and no
+        traceback."""
 
         def read_only(run_dir):
             small_disk(run_dir.parent, 1 << 20)

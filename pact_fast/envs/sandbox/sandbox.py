@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pact_fast.data.untrusted import MAX_DEPTH, depth_of, read_json
+from pact_fast.data.reading import check_bounds, clean_text, clean_value, read_json
 
 WORKER = Path(__file__).with_name("worker.py")
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # so that a set has one order in every worker
@@ -83,7 +83,7 @@ class SandboxCall:
 class CallResult:
     """kind: "ok" (value holds what the tool returned), "error" (the tool raised), "timeout" or "died".
 
-    value is JSON, at most MAX_DEPTH brackets deep, its text free of halves of surrogate pairs.
+    value is JSON as data/reading.py bounds it, its text free of halves of surrogate pairs.
     """
 
     kind: str
@@ -103,9 +103,9 @@ class _Answer:
         """What the tool gave; its bytes are read here and nowhere before."""
         text = self.body.decode(errors="replace")
         if self.kind != "ok":
-            return CallResult("died" if self.kind == "killed" else self.kind, error=text)
+            return CallResult("died" if self.kind == "killed" else self.kind, error=clean_text(text))
         try:
-            return CallResult("ok", read_json(text))
+            return CallResult("ok", clean_value(read_json(text)))
         except ValueError as error:
             return CallResult("error", error=f"ValueError: the tool's result cannot be read: {error}"[:300])
 
@@ -309,8 +309,8 @@ class Sandbox:
 
     def _submit(self, worker: _Worker, index: int, call: SandboxCall, results: dict[int, CallResult]) -> None:
         try:
-            if depth_of(call.arguments) > MAX_DEPTH:
-                raise ValueError(f"arguments nest deeper than {MAX_DEPTH} brackets")
+            if call.program.fresh:  # what a model wrote, in a process that a model's text could break
+                check_bounds(call.arguments)
             worker.submit(index, call)
         except (ValueError, TypeError, RecursionError) as error:
             message = f"{type(error).__name__}: the call cannot be passed on: {error}"
