@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import json
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,6 +129,7 @@ class PythonToolsEnv:
 
     name = "python"
     Settings: type[PythonToolsSettings] = PythonToolsSettings
+    packages: tuple[str, ...] = ()  # what tools may import beside the standard library, where it is installed
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -134,6 +137,7 @@ class PythonToolsEnv:
             workers=settings.workers,
             time_limit=settings.time_limit,
             memory_mb=settings.memory_mb,
+            packages=site_folders(self.packages),
             weak=settings.sandbox == "weak",
         )
         self._files: dict[str, list[Record]] = {}
@@ -169,6 +173,7 @@ class PythonToolsEnv:
         self.sandbox.admit_untrusted()  # said before a model is trained, not at its first call
         if path not in self._files:
             self._files[path] = [self._prepare(r) for r in self._read(Path(path))]
+            warn_of_tools_that_cannot_run(path, self._files[path], self.packages)
         return self._files[path]
 
     def _read(self, path: Path) -> list[Record]:
@@ -341,6 +346,44 @@ class PythonToolsEnv:
 
     def close(self) -> None:
         self.sandbox.close()
+
+
+def site_folders(packages: Sequence[str]) -> list[str]:
+    """The folders that hold those of the packages which are installed."""
+    found = [importlib.util.find_spec(name) for name in packages]
+    return sorted({str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin})
+
+
+def warn_of_tools_that_cannot_run(path: str, records: Sequence[Record], packages: Sequence[str]) -> None:
+    """Names the tools whose source imports what a call will not find."""
+    there = {name for name in packages if importlib.util.find_spec(name)} | sys.stdlib_module_names
+    lacking: dict[str, list[str]] = {}
+    for record in records:
+        for tool, source in record.env["codes"].items():
+            for module in imported(source) - there:
+                lacking.setdefault(module, []).append(f"{tool} of record {record.id!r}")
+    for module, tools in sorted(lacking.items()):
+        more = f" and {len(tools) - 3} more" if len(tools) > 3 else ""
+        hint = f": pip install {module.replace('dateutil', 'python-dateutil')}" if module in packages else ""
+        warnings.warn(
+            f"{path}: these tools import {module}, which the sandbox does not give them{hint}: "
+            f"{', '.join(tools[:3])}{more}",
+            stacklevel=3,
+        )
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of the modules that a source imports anywhere."""
+    names: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in other people's strings
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def solve_scores(episode: SourceEpisode) -> dict[str, float]:

@@ -184,7 +184,8 @@ def _append_reply(
     try:
         if result.tool_responses:
             names = [call.name for call in parsed.tool_calls]
-            reply = chat.tool_results(result.tool_responses, turn + 1, names=names)
+            every = len(names) == len(result.tool_responses)  # an environment may pass over some
+            reply = chat.tool_results(result.tool_responses, turn + 1, names=names if every else None)
         if result.user_message is not None:
             reply = chat.user(result.user_message, turn + 1)
     except Exception:  # nothing a tool writes may end a run
