@@ -229,7 +229,8 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
     )
     trainer = psutil.Popen([os.sys.executable, "-c", code], stdout=-1)
     worker = psutil.Process(int(trainer.stdout.readline()))
-    family = [worker, *worker.children(recursive=True)]
+    while len(family := [worker, *worker.children(recursive=True)]) < 3:
+        time.sleep(0.01)
     assert len(family) == 3  # the outer process, the worker, the call
     time.sleep(0.3)
     trainer.kill()

@@ -272,7 +272,7 @@ def test_the_scratch_folder_is_empty_for_every_call(what):
     )
     with Sandbox(workers=1, time_limit=10) as sandbox:
         if sandbox.protections["root"] is not True:
-            pytest.skip("no scratch folder on this machine")
+            pytest.skip("no root of its own here")
         for _ in range(2):
             _, after = run(sandbox, SCRATCH[what], look)
             assert after.value == [[], 3, "0o700", True], after

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent.parent
 CASES = int(os.environ.get("PACT_RANK_CASES", "200"))
 SIZES = (1, 2, 3)
 BOUND = 3e-6  # of a gradient, relative to its largest entry: fp32 sums in another order
@@ -19,9 +19,9 @@ NOISE = 3e-8
 
 
 def run(folder, size, cases, *fault, timeout=1500):
-    command = [sys.executable, str(HERE / "rank_cases.py"), str(folder), str(size), str(cases), *fault]
-    places = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=places, timeout=timeout)
+    words = ("-m", "tests.helpers.rank_cases", str(folder), str(size), str(cases), *fault)
+    places = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=places, timeout=timeout, cwd=ROOT)
     logs = "\n".join(p.read_text()[-3000:] for p in sorted(folder.glob(f"{size}-*.log")))
     return done.returncode, logs
 

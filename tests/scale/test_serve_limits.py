@@ -8,10 +8,10 @@ import time
 
 import psutil
 import pytest
-from serve_helpers import ask, call, served, url_of
 
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.serve.protocol import BadRequest, jobs_of
+from tests.helpers.servers import ask, call, served, url_of
 
 
 def raw(url, head, body=b"", *, send_all=True, timeout=30):

@@ -90,7 +90,8 @@ def describe(error):
 def build(program):
     namespace = {"__name__": "tool"}
     exec(program["code"], namespace)
-    namespace.update(json.loads(program["constants"]))
+    if program["constants"] != b"{}":
+        namespace.update(json.loads(program["constants"]))
     return namespace
 
 

@@ -1,6 +1,6 @@
 """Random training steps on one or several ranks, in one process group a size: see test_rank_cases.py.
 
-    python rank_cases.py FOLDER SIZE CASES [FAULT]
+    python -m tests.helpers.rank_cases FOLDER SIZE CASES [FAULT]
 
 Every case draws prompts, group sizes, rewards, mini-batches and budgets from its number alone, so that a run
 of any size does the same cases. Each rank writes FOLDER/SIZE-RANK.pt: per case the gradients of its updates.
@@ -16,13 +16,13 @@ import traceback
 from pathlib import Path
 
 import torch
-from scale_runs import config
 
 from pact_fast import distributed
 from pact_fast.envs.base import Outcome
 from pact_fast.rollout import Rollout
 from pact_fast.train.trainer import Trainer
 from pact_fast.tree.scoring import sequence_logprobs
+from tests.helpers.runs import config
 
 PRESETS = ("pact", "grpo", "matchtir")
 
