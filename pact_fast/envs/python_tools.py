@@ -87,7 +87,7 @@ class PythonToolsSettings:
 
 
 def check_settings(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
-    """Raises ValueError for a reward that environment `name` does not have, or a sandbox that there is not."""
+    """Raises ValueError for a reward or a sandbox that environment `name` does not have."""
     if settings.sandbox not in ("strict", "weak"):
         raise ValueError(f"env.{name}.sandbox: one of strict, weak, got {settings.sandbox!r}")
     if settings.reward not in rewards:
