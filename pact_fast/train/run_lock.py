@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,14 @@ class RunLock:
             self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+            with suppress(OSError):  # a run that was refused leaves no empty folder
+                self.path.parent.rmdir()
 
     def _take(self) -> str | None:
         """Takes the lock; else what is in the way."""
         while True:
             with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             owner = _read(self.path)
             try:
