@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pact_fast.config import ConfigError
+from pact_fast.files import one_line
 from pact_fast.version import __version__
 
 COMMANDS = {  # module pact_fast.commands.NAME with `main(argv) -> exit status`: what it does
@@ -70,7 +71,8 @@ def _guarded(run: Callable[[list[str]], int], words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = one_line(error) if isinstance(error, OSError) else error
+        print(f"error: {told}", file=sys.stderr)
         return 2
     except ImportError as error:
         if "pip install" not in str(error):

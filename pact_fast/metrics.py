@@ -26,6 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pact_fast.files import writing
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_DIR = "tensorboard"
 REPORT_TO = ("wandb", "trackio")
@@ -206,13 +208,15 @@ class MetricsLogger:
             row["nonfinite"] = nonfinite
         if not self._write:
             return row
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.run_dir / METRICS_FILE):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         numbers = {_tag(name, row): value for name, value in row.items() if _plotted(name, value)}
         if self._events is not None:
-            for tag, value in numbers.items():
-                self._events.add_scalar(tag, value, row["step"])
-            self._events.flush()
+            with writing(self.run_dir / EVENTS_DIR):
+                for tag, value in numbers.items():
+                    self._events.add_scalar(tag, value, row["step"])
+                self._events.flush()
         for tracker in self._trackers:
             tracker.log(numbers, step=row["step"])
         return row
@@ -220,9 +224,11 @@ class MetricsLogger:
     def close(self) -> None:
         if not self._write:
             return
-        self._file.close()
+        with writing(self.run_dir / METRICS_FILE):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with writing(self.run_dir / EVENTS_DIR):
+                self._events.close()
         for tracker in self._trackers:
             tracker.finish()
 
@@ -242,15 +248,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         path /= METRICS_FILE
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a cut line
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("no JSON object with an integer step")
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}: {line[:80]!r}") from error
+        except (ValueError, RecursionError) as error:
+            told = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise ValueError(f"{path}:{number}: {told}: {line[:80].decode(errors='replace')!r}") from error
         rows.append(row)
     return rows
 

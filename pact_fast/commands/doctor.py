@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 SANDBOX_COSTS = {
-    "namespaces": "tools see the network device and other processes; only the system-call filter stops them",
+    "namespaces": "tools see the network device and other processes, and read the environment of this user's",
     "root": "tools can read the files that you can read (docs/environments.md)",
     "limits": "a tool can take all memory",
     "capabilities": "a tool run by root keeps root's rights",
@@ -126,19 +126,34 @@ SANDBOX_COSTS = {
 
 def _sandbox() -> list[Finding]:
     """Which walls stand round tool code on this machine."""
-    from pact_fast.envs.sandbox.sandbox import Sandbox
+    from pact_fast.envs.sandbox.sandbox import WALLS, Sandbox
 
     with Sandbox() as sandbox:
+        open_walls = [name for name in WALLS if sandbox.protections[name] is not True]
+        refused = Finding(
+            "sandbox",
+            "sandbox: untrusted tools",
+            "missing" if open_walls else "ok",
+            f"refused: {', '.join(open_walls)} missing" if open_walls else "run, each call by itself",
+            "envs python, ftrl and toolhop need --env.settings.sandbox weak, at your own risk",
+        )
         return [
-            Finding(
-                "sandbox",
-                f"sandbox: {name}",
-                "ok" if holds is True else "missing",
-                "holds" if holds is True else str(holds),
-                SANDBOX_COSTS[name],
-            )
-            for name, holds in sandbox.protections.items()
+            refused,
+            *_walls(sandbox.protections),
         ]
+
+
+def _walls(protections: Mapping[str, Any]) -> list[Finding]:
+    return [
+        Finding(
+            "sandbox",
+            f"sandbox: {name}",
+            "ok" if holds is True else "missing",
+            "holds" if holds is True else str(holds),
+            SANDBOX_COSTS[name],
+        )
+        for name, holds in protections.items()
+    ]
 
 
 def _package(name: str, area: str, cost: str) -> Finding:

@@ -12,7 +12,7 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -28,6 +28,7 @@ FAILURE_KINDS = (
     "wrong_answer",
     "turn_limit",
     "length_limit",
+    "unreadable",  # something that the model or a tool wrote raised an error where it was read
 )
 
 
@@ -80,13 +81,24 @@ class Episode:
     def failure_kind(self, truncated: str | None, valid_calls: int) -> str:
         """The kind an unsolved episode is booked under: how it was cut off, else no call at all, else the
         kind of call failure that happened most, else the answer itself."""
-        if truncated is not None:
-            return truncated
+        if truncated is not None or "unreadable" in self.failures:
+            return truncated or "unreadable"
         if valid_calls == 0 and not self.failures:
             return "no_call"
         if self.failures:
             return max(FAILURE_KINDS, key=lambda kind: self.failures.get(kind, 0))
         return "wrong_answer"
+
+
+def reply_or_end(episode: Episode, reply: Callable[[], StepResult]) -> StepResult:
+    """`reply()`; where it raises over what the model or its tools wrote, that ends this episode and no
+    other."""
+    try:
+        return reply()
+    except Exception:
+        episode.done = True
+        episode.count_failure("unreadable")
+        return StepResult(done=True)
 
 
 class ToolEnv(Protocol):

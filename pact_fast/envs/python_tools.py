@@ -3,7 +3,7 @@ ToolHop.
 
 A record's `env` holds `codes` ({tool name: source that defines a function of that name}), and `answer`
 (text, a number, or a list of alternatives) or `unsolved_set` ({tool name: values its calls should give}), or
-both. The source is untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result
+both. The source is untrusted: every call runs in the sandbox, in a process of its own. A tool's result
 becomes text the way FTRL does it: dicts and lists as JSON, text as it is, all else through str().
 """
 
@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
+import json
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, load_records
-from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.base import Episode, Outcome, StepResult, reply_or_end
 from pact_fast.envs.call_matching import (
     REWARDS,
     Call,
@@ -71,18 +75,21 @@ class PythonToolsSettings:
     )
     workers: int = 2
     time_limit: float = 10.0  # seconds per call
-    memory_mb: int = 512  # per worker
+    memory_mb: int = 512  # per call
+    sandbox: str = "strict"  # "weak": run the tools even where the machine cannot shut them in
 
     def __post_init__(self) -> None:
-        check_reward("python", self, ("solve", *REWARDS))
+        check_settings("python", self, ("solve", *REWARDS))
 
     @property
     def matches_calls(self) -> bool:
         return self.reward in REWARDS
 
 
-def check_reward(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
-    """Raises ValueError for a reward that environment `name` does not have."""
+def check_settings(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
+    """Raises ValueError for a reward or a sandbox that environment `name` does not have."""
+    if settings.sandbox not in ("strict", "weak"):
+        raise ValueError(f"env.{name}.sandbox: one of strict, weak, got {settings.sandbox!r}")
     if settings.reward not in rewards:
         raise ValueError(f"env.{name}.reward: one of {', '.join(rewards)}, got {settings.reward!r}")
 
@@ -122,11 +129,16 @@ class PythonToolsEnv:
 
     name = "python"
     Settings: type[PythonToolsSettings] = PythonToolsSettings
+    packages: tuple[str, ...] = ()  # what tools may import beside the standard library, where it is installed
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.sandbox = Sandbox(
-            workers=settings.workers, time_limit=settings.time_limit, memory_mb=settings.memory_mb
+            workers=settings.workers,
+            time_limit=settings.time_limit,
+            memory_mb=settings.memory_mb,
+            packages=site_folders(self.packages),
+            weak=settings.sandbox == "weak",
         )
         self._files: dict[str, list[Record]] = {}
 
@@ -158,8 +170,10 @@ class PythonToolsEnv:
         path = getattr(self.settings, key)
         if path is None:
             raise ValueError(f"env.{self.name}.{key}: is not set, give the file of records")
+        self.sandbox.admit_untrusted()  # said before a model is trained, not at its first call
         if path not in self._files:
             self._files[path] = [self._prepare(r) for r in self._read(Path(path))]
+            warn_of_tools_that_cannot_run(path, self._files[path], self.packages)
         return self._files[path]
 
     def _read(self, path: Path) -> list[Record]:
@@ -214,14 +228,14 @@ class PythonToolsEnv:
         return SourceEpisode(record, remaining={tool: list(answers) for tool, answers in unsolved.items()})
 
     def step(self, episodes: Sequence[SourceEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
-        jobs = [
-            self._job(episode, call)
-            for episode, turn in zip(episodes, turns, strict=True)
-            for call in turn.tool_calls
-            if self._runs(episode, call)
+        rows = list(zip(episodes, turns, strict=True))
+        jobs = [[self._job(e, call) for call in t.tool_calls if self._runs(e, call)] for e, t in rows]
+        results = iter(self.sandbox.run([job for row in jobs for job in row]))
+        mine = [iter([next(results) for _ in row]) for row in jobs]
+        return [
+            reply_or_end(e, partial(self._step_one, e, t, given))
+            for (e, t), given in zip(rows, mine, strict=True)
         ]
-        results = iter(self.sandbox.run(jobs))
-        return [self._step_one(e, t, results) for e, t in zip(episodes, turns, strict=True)]
 
     def _runs(self, episode: SourceEpisode, call: ToolCall) -> bool:
         return call.error is None and call.name in episode.record.env["codes"]
@@ -272,7 +286,7 @@ class PythonToolsEnv:
     def _render(self, call: ToolCall, result: CallResult) -> tuple[str | None, str]:
         """(failure kind or None, text): arguments the function does not take are the model's mistake."""
         if result.kind == "ok":
-            return None, result.value
+            return None, result.value if isinstance(result.value, str) else json.dumps(result.value)
         name, _, message = result.error.partition(": ")
         wrong_arguments = name == "TypeError" and f"{call.name}()" in message
         kind = "bad_arguments" if wrong_arguments else "tool_error"
@@ -332,6 +346,44 @@ class PythonToolsEnv:
 
     def close(self) -> None:
         self.sandbox.close()
+
+
+def site_folders(packages: Sequence[str]) -> list[str]:
+    """The folders that hold those of the packages which are installed."""
+    found = [importlib.util.find_spec(name) for name in packages]
+    return sorted({str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin})
+
+
+def warn_of_tools_that_cannot_run(path: str, records: Sequence[Record], packages: Sequence[str]) -> None:
+    """Names the tools whose source imports what a call will not find."""
+    there = {name for name in packages if importlib.util.find_spec(name)} | sys.stdlib_module_names
+    lacking: dict[str, list[str]] = {}
+    for record in records:
+        for tool, source in record.env["codes"].items():
+            for module in imported(source) - there:
+                lacking.setdefault(module, []).append(f"{tool} of record {record.id!r}")
+    for module, tools in sorted(lacking.items()):
+        more = f" and {len(tools) - 3} more" if len(tools) > 3 else ""
+        hint = f": pip install {module.replace('dateutil', 'python-dateutil')}" if module in packages else ""
+        warnings.warn(
+            f"{path}: these tools import {module}, which the sandbox does not give them{hint}: "
+            f"{', '.join(tools[:3])}{more}",
+            stacklevel=3,
+        )
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of the modules that a source imports anywhere."""
+    names: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in other people's strings
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def solve_scores(episode: SourceEpisode) -> dict[str, float]:

@@ -32,6 +32,7 @@ from rich import box
 from rich.table import Table
 
 from pact_fast.evaluation.stats import Interval, mean_interval, share_interval
+from pact_fast.files import writing
 from pact_fast.metrics import METRICS_FILE, describe, read_metrics
 
 COMPONENTS = ("context", "reasoning", "structure", "tool_call", "tool_response", "answer")
@@ -127,7 +128,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     )
     path = run_dir / "report.html"
     beside = path.with_suffix(".html.tmp")
-    beside.write_text(page, encoding="utf-8")
+    with writing(beside):
+        beside.write_text(page, encoding="utf-8")
     beside.replace(path)
     return path
 

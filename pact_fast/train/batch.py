@@ -256,13 +256,15 @@ def pack_losses(
         [s.ids for s in samples], token_budget, groups=[s.record_id for s in samples], share=tree
     )
     if sharded is not None:
-        plan = sharded.world.pad_shard(plan, [])
+        plan = sharded.world.rounds("update", plan, [])
 
     def lay_out(indices: Sequence[int]) -> TreePack:
         ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
         return (pack_tree if tree else pack_linear)(ids)
 
-    balance = _Balance.of(policy, samples, plan, lay_out, sharded) if policy.family.router_coef else None
+    balance = (
+        _Balance.of(policy, samples, plan, lay_out, sharded) if plan and policy.family.router_coef else None
+    )
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
         pack = lay_out(indices)

@@ -161,10 +161,14 @@ def _spread_logprobs(
     # A rank scores the prompts that are its own, so that their sequences still share a tree.
     world, place = sharded.world, {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
     mine = [i for i, owner in enumerate(owners) if place[owner] % world.size == world.rank]
-    with sharded.summon_full_params():
+
+    def score() -> dict[int, Tensor]:
+        if not mine:
+            return {}
         part = sequence_logprobs(
             policy, [sequences[i] for i in mine], temperature=temperature, token_budget=token_budget
         )
-    found = world.gather({i: scores.cpu() for i, scores in zip(mine, part, strict=True)})
-    scored = {i: scores for share in found for i, scores in share.items()}
+        return {i: scores.cpu() for i, scores in zip(mine, part, strict=True)}
+
+    scored = {i: scores for share in sharded.apart("score", score) for i, scores in share.items()}
     return [scored[i] for i in range(len(sequences))]

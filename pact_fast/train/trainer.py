@@ -21,6 +21,7 @@ from pact_fast.data.records import Record
 from pact_fast.distributed import join_world, plain
 from pact_fast.envs.base import make_env
 from pact_fast.evaluation.evaluate import eval_row, evaluate, transcript
+from pact_fast.files import write_json, writing
 from pact_fast.metrics import MetricsLogger, ProgressDisplay, check_trackers
 from pact_fast.objective import Schedule, SFTStrength
 from pact_fast.rollout import Overlap, Rollout, RolloutError, RolloutLimits, build_engine
@@ -34,7 +35,7 @@ from pact_fast.train.build import (
     device_of,
     set_threads,
 )
-from pact_fast.train.checkpoint import Checkpointer, write_json
+from pact_fast.train.checkpoint import Checkpointer
 from pact_fast.train.old_logprobs import (
     context_metrics,
     importance_ratios,
@@ -45,6 +46,7 @@ from pact_fast.train.optimizer import learning_rate, set_learning_rate
 from pact_fast.train.preemption import Preempted, StopSignal
 from pact_fast.train.rollouts import StepSampler, load_split
 from pact_fast.train.run_folder import claim
+from pact_fast.train.run_lock import RunLock
 from pact_fast.train.step_metrics import (
     Phases,
     Update,
@@ -311,7 +313,15 @@ class Trainer:
     # -- the run -----------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds."""
+        """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds.
+
+        Raises RunInUse where another process trains there, CheckpointError where the last checkpoint could
+        not be written: all else is done and written then.
+        """
+        with RunLock(self.run_dir, self.world):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         config = self.config
         self._claim_folder()
         self._write("config.json", config.to_dict())
@@ -352,7 +362,9 @@ class Trainer:
                 self.save()
                 summary["final"], shown = self.final_scores()
             except (Preempted, RolloutError, TrainingStopped) as stop:  # of all ranks: they save together
-                if not isinstance(stop, TrainingStopped):
+                if isinstance(stop, TrainingStopped):
+                    self.checkpoints.wait(warn=True)
+                else:
                     self.checkpoint(done, summary.get("base"), wait=True)
                 self.save()
                 raise
@@ -361,6 +373,7 @@ class Trainer:
                     logger.log(total, eval_row(scores, split, float(mode == "sampled")))
         self._write("transcript.json", transcript(shown, self.chat))
         self._write("summary.json", summary)
+        self.checkpoints.wait()  # a run is done when its last save is known to be on disk
         return summary
 
     def _claim_folder(self) -> None:
@@ -419,7 +432,9 @@ class Trainer:
     def save(self) -> None:
         """Writes the policy as a plain Hugging Face folder."""
         state = self.sharded.state_dict()
-        if self.world.main:
+        if not self.world.main:
+            return
+        with writing(self.run_dir / "model"):
             self.model.save_pretrained(self.run_dir / "model", state_dict=state)
             self.tokenizer.save_pretrained(self.run_dir / "model")
 

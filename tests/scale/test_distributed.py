@@ -180,11 +180,17 @@ def test_shares_cover_everything_once_and_even_ones_are_as_long():
     items = list(range(7))
     worlds = [World(rank, 3) for rank in range(3)]
     assert sorted(i for w in worlds for i in w.shard(items)) == items
-    assert [w.pad_shard(items, -1) for w in worlds] == [[0, 3, 6], [1, 4, -1], [2, 5, -1]]
-    assert [w.pad_shard([], -1) for w in worlds] == [[], [], []]
+    for world in worlds:
+        world.begin = lambda *_: None  # no process group here
+    assert [w.rounds("update", items, -1) for w in worlds] == [[0, 3, 6], [1, 4, -1], [2, 5, -1]]
+    assert [w.rounds("update", [], -1) for w in worlds] == [[], [], []]
     alone = World()
     assert (
-        alone.shard(items) == alone.join(items) == alone.concat(items) == alone.pad_shard(items, -1) == items
+        alone.shard(items)
+        == alone.join(items)
+        == alone.concat(items)
+        == alone.rounds("a", items, -1)
+        == items
     )
     assert alone.any(True)
     assert not alone.any(False)
