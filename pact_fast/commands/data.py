@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.html:
             arguments.html.write_text(html_page(chat, chosen), encoding="utf-8")
             console.print(f"\nwrote {arguments.html}")
-    stale = 0 if arguments.no_replay else _print_replay(console, [item.record for item in encoded])
+    records = [item.record for item in encoded]
+    stale = 0 if arguments.no_replay else _print_replay(console, records, arguments.reward)
     bad = len(loaded.skipped)
     style = "bold red" if bad or stale else "bold green"
     told = f", {stale} with a trace that its tools contradict" if stale else ""
@@ -150,12 +151,12 @@ def _print_errors(console: Console, errors: Sequence[RecordError], shown: int = 
         console.print(f"... and {len(errors) - shown} more", style="red")
 
 
-def _print_replay(console: Console, records: Sequence[Record]) -> int:
+def _print_replay(console: Console, records: Sequence[Record], reward: str) -> int:
     """Runs the traces of records with Python tools; returns how many the tools contradict."""
     own = [record for record in records if record.env.get("codes") and record.expert_trace]
     if not own:
         return 0
-    env = make_env("python", {})
+    env = make_env("python", {"reward": reward})
     try:
         replays = replay_traces(env, own)
     finally:
@@ -260,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-limit", type=int, help="a longer prompt, in tokens, is a bad record")
     parser.add_argument("--no-trace", action="store_true", help="records need no expert trace")
     parser.add_argument("--no-replay", action="store_true", help="do not run the records' own Python tools")
+    parser.add_argument("--reward", default="solve", help="module:function of your own to score the traces")
     parser.add_argument("--skip-bad-records", action="store_true", help="list bad records but succeed")
     return parser
 

@@ -8,7 +8,7 @@ from pact_fast.data.tokens import Component
 
 
 class Look(NamedTuple):
-    """terminal: a rich style. light, dark: (ink, paper) of pages, chosen to stay apart for the colour-blind."""
+    """terminal: a rich style. light, dark: (ink, paper) of pages, that the colour-blind can tell apart."""
 
     terminal: str
     light: tuple[str, str]

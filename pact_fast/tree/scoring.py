@@ -79,10 +79,8 @@ def context_logprobs(
             raise ValueError(f"{name} is empty: the first token of a rollout needs a token before it")
     bodies = [_tensor(rollout, f"rollouts[{g}]") for g, rollout in enumerate(rollouts)]
     policy = _policy(model, impl)
-    for name, ids in (
-        *zip(("prompt", "privileged_prompt"), contexts, strict=True),
-        *_named("rollouts", bodies),
-    ):
+    both = list(zip(("prompt", "privileged_prompt"), contexts, strict=True))
+    for name, ids in both + _named("rollouts", bodies):
         check_ids(ids, policy.family.vocabulary, name)
     sequences = [torch.cat((context, body)) for context in contexts for body in bodies]
     starts = [context.numel() for context in contexts for _ in bodies]
