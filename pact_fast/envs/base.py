@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from pact_fast.data.chat import AssistantTurn
 from pact_fast.data.records import Record
+from pact_fast.envs.plugins import is_path, load_env
 
 FAILURE_KINDS = (
     "no_call",  # ended without one well-formed call
@@ -145,11 +146,20 @@ REGISTRY = {
 def make_env(name: str, settings: Mapping[str, Any] | None = None) -> ToolEnv:
     """The environment `name` with `settings` (a mapping of its Settings dataclass' fields).
 
+    name: of a bundled environment, or `module:Class` / `module:function` of one's own (docs/environments.md).
+
     Raises ValueError for an unknown environment, an unknown setting (naming the nearest) or a value of the
     wrong type.
     """
+    if is_path(name):
+        return load_env(
+            name,
+            lambda cls: cls(settings_from(cls.Settings, settings or {}, where="env.settings")),
+            settings or {},
+        )
     if name not in REGISTRY:
-        raise ValueError(f"env.name: no environment {name!r}; {_nearest(name, REGISTRY)}")
+        known = f"{_nearest(name, REGISTRY)}, or module:Class of your own"
+        raise ValueError(f"env.name: no environment {name!r}; {known}")
     module, cls_name = REGISTRY[name].split(":")
     cls = getattr(importlib.import_module(module), cls_name)
     return cls(settings_from(cls.Settings, settings or {}, where=f"env.{name}"))

@@ -35,6 +35,7 @@ from pact_fast.envs.call_matching import (
     reference_calls,
     tagged_answer,
 )
+from pact_fast.envs.plugins import CallMade, RewardInput, is_path, load_reward, score
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
 
 KNOWN = ("codes", "answer", "unsolved_set", "ground_truth")  # fields that this module and its heirs read
@@ -54,7 +55,8 @@ class PythonToolsSettings:
     """Files of records (.jsonl or .parquet), how their tools are run, and how episodes are rewarded.
 
     reward: "solve" (answer and sub-answers), or "call_matching" / "call_matching_greedy": calls matched with
-    the record's `ground_truth`, the answer in <answer> tags by words (pact_fast.envs.call_matching).
+    the record's `ground_truth`, the answer in <answer> tags by words (pact_fast.envs.call_matching); or
+    "module:function" / "module:Class" of one's own, called with a RewardInput (pact_fast.envs.plugins).
     unmatched_penalty: what a call without a match loses. answer_instruction: with call matching, what is
     added to a prompt that does not speak of <answer>; empty: nothing.
     """
@@ -90,8 +92,9 @@ def check_settings(name: str, settings: PythonToolsSettings, rewards: Sequence[s
     """Raises ValueError for a reward or a sandbox that environment `name` does not have."""
     if settings.sandbox not in ("strict", "weak"):
         raise ValueError(f"env.{name}.sandbox: one of strict, weak, got {settings.sandbox!r}")
-    if settings.reward not in rewards:
-        raise ValueError(f"env.{name}.reward: one of {', '.join(rewards)}, got {settings.reward!r}")
+    if settings.reward not in rewards and not is_path(settings.reward):
+        known = f"one of {', '.join(rewards)}, or module:function of your own"
+        raise ValueError(f"env.{name}.reward: {known}, got {settings.reward!r}")
 
 
 @dataclass
@@ -104,6 +107,8 @@ class SourceEpisode(Episode):
     turn_rewards: list[float] = field(default_factory=list)
     called: list[ToolCall] = field(default_factory=list)
     turn_calls: list[list[Call]] = field(default_factory=list)  # of each turn; an unreadable one is ("", {})
+    turns: list[AssistantTurn] = field(default_factory=list)
+    calls_made: list[CallMade] = field(default_factory=list)  # for a reward of one's own
     content: str = ""
     closed: bool = False  # ended by a turn without calls
     last_response: str | None = None  # the tool message just before the last assistant turn, if there is one
@@ -141,6 +146,10 @@ class PythonToolsEnv:
             weak=settings.sandbox == "weak",
         )
         self._files: dict[str, list[Record]] = {}
+        self._reward_at = f"env.{self.name}.reward {settings.reward}"
+        self._reward = (
+            load_reward(settings.reward, f"env.{self.name}.reward") if is_path(settings.reward) else None
+        )
 
     # Records
 
@@ -199,7 +208,7 @@ class PythonToolsEnv:
                 bad_field(record, "unsolved_set", f"answers of tool {tool!r}, which `codes` does not hold")
         if env.get("answer") is not None:
             gold_answers(record, "answer", env["answer"])
-        elif not env["unsolved_set"]:
+        elif not env["unsolved_set"] and self._reward is None:
             near = difflib.get_close_matches("answer", [key for key in env if key not in KNOWN], 1)
             bad_field(record, "answer", "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
         env["true_calls"] = reference_calls(record)
@@ -248,6 +257,7 @@ class PythonToolsEnv:
         self, episode: SourceEpisode, turn: AssistantTurn, results: Iterator[CallResult]
     ) -> StepResult:
         episode.content = turn.content
+        episode.turns.append(turn)
         episode.turn_calls.append([(call.name, call.arguments or {}) for call in turn.tool_calls])
         if not turn.tool_calls:
             episode.done = episode.closed = True
@@ -257,6 +267,10 @@ class PythonToolsEnv:
         before = episode.solved
         responses = tuple(self._answer(episode, call, results) for call in turn.tool_calls)
         episode.last_response = responses[-1]
+        episode.calls_made += [
+            CallMade(call.name, call.arguments, text, call.error)
+            for call, text in zip(turn.tool_calls, responses, strict=True)
+        ]
         episode.done = episode.invalid_in_a_row >= self.settings.max_consecutive_invalid
         reward = self._turn_reward(episode, turn, episode.solved - before)
         episode.turn_rewards.append(reward)
@@ -328,9 +342,17 @@ class PythonToolsEnv:
         solved: bool,
         scores: dict[str, float],
     ) -> Outcome:
-        """The outcome; with call matching the reward is the sum of the turns' rewards, whatever is given."""
+        """The outcome; with call matching the reward is the sum of the turns' rewards, with a function of
+        one's own what that gives, whatever is given here."""
+        turn_rewards = None
+        if self._reward is not None:
+            answer = episode.content if episode.closed else ""
+            turns, calls = tuple(episode.turns), tuple(episode.calls_made)
+            told = RewardInput(episode.record, turns, calls, answer, truncated, scores, solved)
+            reward, solved = score(self._reward, told, self._reward_at)
+            turn_rewards = (*[0.0] * (len(turns) - 1), reward)[: len(turns)]  # the last turn earns it
         failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
-        outcome = Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        outcome = Outcome(reward, solved, scores, episode.calls, failure, turn_rewards)
         if not self.settings.matches_calls:
             return outcome
         references = episode.record.env["true_calls"]

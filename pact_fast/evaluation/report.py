@@ -31,11 +31,12 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from pact_fast.evaluation.stats import Interval, mean_interval, share_interval
+from pact_fast.data.colours import LOOKS, css, name_of
+from pact_fast.evaluation.stats import Interval, score_mean
 from pact_fast.files import writing
 from pact_fast.metrics import METRICS_FILE, describe, read_metrics
 
-COMPONENTS = ("context", "reasoning", "structure", "tool_call", "tool_response", "answer")
+COMPONENTS = tuple(map(name_of, LOOKS))
 SCORES = (("solved", "solved share"), ("reward", "mean reward"), ("calls", "calls per task"))
 MODES = (("sampled", "T=1"), ("greedy", "greedy"))
 
@@ -69,7 +70,7 @@ def score_interval(block: Mapping[str, Any], name: str) -> Interval | None:
         return None
     per_task = block.get(f"per_task_{name}")
     if per_task:
-        return share_interval(per_task) if name == "solved" else mean_interval(per_task)
+        return score_mean(name, per_task)
     low, high = (block.get(f"{name}_{end}") for end in ("low", "high"))
     nan = float("nan")
     return Interval(
@@ -119,6 +120,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     page = Template(_PAGE).substitute(
         title=html.escape(f"{summary.get('preset', '')} {run_dir.resolve().name}".strip()),
         facts=_facts(rows, summary),
+        colours=css(),
         scores=_scores(summary),
         validation=_charts(rows, evaluation=True),
         charts=_charts(rows, evaluation=False),
@@ -140,7 +142,7 @@ def _facts(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
     facts = {
         "preset": summary.get("preset"),
         "seed": summary.get("seed"),
-        "steps": last.get("step"),
+        "steps": last["step"] + 1 if last else None,  # rows count from 0
         "training time": f"{last['time'] / 60:.1f} min" if last.get("time") else None,
         "tokens trained on": f"{last['num_tokens']:,.0f}" if last.get("num_tokens") else None,
         "skipped steps": last.get("pact/skipped_steps"),

@@ -163,7 +163,7 @@ class Policy:
         """
         if pack.num_tokens == 0:
             return self.head.weight.new_zeros(0, self._causal.config.hidden_size)
-        pack.check_positions()
+        self._check(pack)
         pack = pack.to(self.device)
         call = _TreeCall(pack.subtree_end, self.attention)
         return self._forward(pack.input_ids, pack.position_ids, call)
@@ -177,6 +177,10 @@ class Policy:
             hidden = self.hidden(pack)
         where = None if counted is None else counted.to(self.device)
         return hidden, router_load(logits, self.family.experts_per_token, where)
+
+    def _check(self, pack: TreePack) -> None:
+        pack.check_positions()
+        pack.check_vocabulary(self.family.vocabulary)
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, call: _TreeCall) -> Tensor:
         config = self._causal.config
@@ -207,7 +211,7 @@ class Policy:
         above [depth of first, H], those of the ancestors of token `first`. In pre-order a chunk needs no
         other earlier token, so beside one chunk's activations only the keys and values of one path are kept.
         """
-        pack.check_positions()
+        self._check(pack)
         pack = pack.to(self.device)
         end = pack.subtree_end
         total = pack.num_tokens
