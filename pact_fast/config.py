@@ -111,6 +111,10 @@ class TrainConfig:
     packing: Literal["tree", "none"] = key(
         "tree", "share prefixes, or lay every sequence out alone (to compare)"
     )
+    prefix: Literal["auto", "stream", "recompute"] = key(
+        "auto",
+        "what the sequences of a tree over the budget share: computed once, or in every pack; auto: the cheaper",
+    )
     max_skipped_steps: int = count(10, "updates in a row that may be non-finite before the run stops")
 
 

@@ -7,7 +7,7 @@ on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,10 +26,11 @@ from pact_fast.objective import (
 )
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.rollout import Rollout
-from pact_fast.tree.families import attention_pairs
+from pact_fast.tree.families import Family, attention_pairs, model_flops
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
+from pact_fast.tree.streaming import Part, Prefix, SplitTree, empty_part, empty_split, split_tree
 
 T = TypeVar("T")
 
@@ -218,13 +219,18 @@ class PackLoss:
     """Loss of one pack: outputs of the policy rows and of the trace rows, beside the samples they came
     from."""
 
-    loss: Tensor
     samples: list[Sample]
-    policy: PactLossOutput | None
-    sft: PactLossOutput | None
     num_tokens: int
     num_pairs: int  # of a token and one it attends to, over all layers
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    policy: PactLossOutput | None = None
+    sft: PactLossOutput | None = None
     router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
+
+    @classmethod
+    def of(cls, policy: Policy, pack: TreePack, samples: list[Sample]) -> PackLoss:
+        """Not computed yet."""
+        return cls(samples, pack.num_tokens, attention_pairs(policy.family, pack.position_ids))
 
 
 def pack_losses(
@@ -235,6 +241,7 @@ def pack_losses(
     token_budget: int,
     packing: str = "tree",
     temperature: float = 1.0,
+    prefix: str = "auto",
     impl: str = "auto",
     sharded: Sharded | None = None,
 ) -> Iterator[PackLoss]:
@@ -246,44 +253,129 @@ def pack_losses(
         token_budget: packed tokens a forward may hold.
         packing: "tree" shares prefixes, "none" lays every sequence out alone.
         temperature: of the rollouts; traces are always scored at 1.
+        prefix: of a record whose tree is over the budget: "stream", "recompute" or "auto" (`plan_forwards`).
         sharded: with several ranks each takes its share of the packs, equally many: where they do not go
             round, a rank gets an empty one, whose loss and gradient are exactly zero.
     """
     tree = packing == "tree"
-    plan = plan_packs(
-        [s.ids for s in samples], token_budget, groups=[s.record_id for s in samples], share=tree
-    )
+    plan, streamed = plan_forwards(policy.family, samples, token_budget, share=tree, prefix=prefix)
+    rounds = _rounds(streamed, sharded)
     if sharded is not None:
         plan = sharded.world.pad_shard(plan, [])
+    backwards = len(plan) + sum(len(split.parts) + 1 for _, split in rounds)
 
     def lay_out(indices: Sequence[int]) -> TreePack:
         ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
         return (pack_tree if tree else pack_linear)(ids)
 
+    def run(compute: Callable[[], Tensor], *, last: bool | None = None) -> Tensor:
+        """Where the head's weight is whole; `last`: whether the backward of what comes out is the last."""
+        if sharded is None:
+            return compute()
+        if last is not None:
+            sharded.sync_gradients(last)
+        return sharded.run(compute)
+
     balance = _Balance.of(policy, samples, plan, lay_out, sharded) if policy.family.router_coef else None
+    loss = partial(_rows_loss, policy, objective, temperature, impl)
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
         pack = lay_out(indices)
-        pairs = attention_pairs(policy.family, pack.position_ids)
-        outputs: dict[bool, PactLossOutput | None] = {}
-        router: list[Tensor] = []
-        compute = partial(
-            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, balance, indices, router
+        out = PackLoss.of(policy, pack, chosen)
+        compute = partial(_pack_loss, policy, pack, loss, out, balance, indices)
+        out.loss = run(compute, last=number == backwards - 1)
+        yield out
+    done = len(plan)
+    for indices, split in rounds:
+        chosen = [samples[i] for i in indices]
+        above: list[Prefix] = []
+
+        def trunk_hidden(trunk: TreePack = split.trunk, above: list[Prefix] = above) -> Tensor:
+            above.append(policy.prefix(trunk))
+            return above[0].hidden
+
+        run(trunk_hidden)
+        for part in split.parts:
+            done += 1
+            out = PackLoss.of(policy, part.pack, _in_part(chosen, part.pack))
+            out.loss = run(partial(_part_loss, policy, part, above[0], loss, out), last=done == backwards)
+            yield out
+        done += 1
+        out = PackLoss.of(policy, split.trunk, _in_part(chosen, split.trunk))
+        out.loss = run(partial(_trunk_loss, policy, above[0], split.trunk, loss, out), last=done == backwards)
+        yield out
+
+
+def plan_forwards(
+    family: Family, samples: Sequence[Sample], token_budget: int, *, share: bool = True, prefix: str = "auto"
+) -> tuple[list[list[int]], list[tuple[list[int], SplitTree]]]:
+    """Samples of every pack, and of every record whose tree is streamed, with its trunk and parts.
+
+    prefix: what happens to a record's tree over the budget: "recompute" cuts it and computes its shared
+    prefix in every pack, "stream" (tree/streaming.py) computes it once, "auto" takes what needs fewer
+    operations.
+    """
+    everyone = range(len(samples))
+    streamed: list[tuple[list[int], SplitTree]] = []
+    by_record: dict[str, list[int]] = {}
+    for i in everyone if share and prefix != "recompute" else ():
+        by_record.setdefault(samples[i].record_id, []).append(i)
+    for members in by_record.values():
+        ids = [samples[i].ids for i in members]
+        pack = pack_tree(ids)
+        split = split_tree(pack, token_budget) if pack.num_tokens > token_budget else None
+        if split is None:
+            continue
+        if prefix == "auto":
+            packs = [pack_tree([ids[i] for i in part]) for part in plan_packs(ids, token_budget)]
+            pieces = [split.trunk, *(part.pack for part in split.parts)]
+            if family.router_coef or _operations(family, pieces) >= _operations(family, packs):
+                continue
+        elif family.router_coef:
+            raise ValueError(
+                f"train.prefix=stream: the router's auxiliary loss of {family.name} is not streamed; "
+                "use recompute"
+            )
+        streamed.append((members, split))
+    gone = {i for members, _ in streamed for i in members}
+    rest = [i for i in everyone if i not in gone]
+    groups = [samples[i].record_id for i in rest]
+    plan = plan_packs([samples[i].ids for i in rest], token_budget, groups=groups, share=share)
+    return [[rest[i] for i in indices] for indices in plan], streamed
+
+
+def _operations(family: Family, packs: Sequence[TreePack]) -> float:
+    tokens = sum(pack.num_tokens for pack in packs)
+    return model_flops(family, tokens, sum(attention_pairs(family, p.position_ids) for p in packs), 0)
+
+
+def _rounds(
+    streamed: Sequence[tuple[list[int], SplitTree]], sharded: Sharded | None
+) -> list[tuple[list[int], SplitTree]]:
+    """This rank's share of the streamed trees, each with as many parts as the other ranks' have at that time:
+    ranks exchange weights and gradients in every forward and backward, so all must run equally many."""
+    size, rank = (sharded.world.size, sharded.world.rank) if sharded is not None else (1, 0)
+    out = []
+    for first in range(0, len(streamed), size):
+        together = streamed[first : first + size]
+        parts = max(len(split.parts) for _, split in together)
+        indices, split = together[rank] if rank < len(together) else ([], empty_split(0))
+        out.append(
+            (indices, SplitTree(split.trunk, split.parts + [empty_part()] * (parts - len(split.parts))))
         )
-        if sharded is None:
-            total = compute()
-        else:
-            sharded.sync_gradients(number == len(plan) - 1)
-            total = sharded.run(compute)
-        yield PackLoss(
-            total,
-            chosen,
-            outputs[True],
-            outputs[False],
-            pack.num_tokens,
-            pairs,
-            router[0] if router else None,
+    return out
+
+
+def _in_part(samples: Sequence[Sample], pack: TreePack) -> list[Sample]:
+    """The samples with weights only where the predicting token is in this part."""
+    out = []
+    for sample, index in zip(samples, pack.token_index, strict=False):
+        here = torch.zeros(len(sample.ids), dtype=torch.bool)
+        here[1:] = index[:-1] >= 0
+        out.append(
+            replace(sample, policy_weight=sample.policy_weight * here, sft_weight=sample.sft_weight * here)
         )
+    return out
 
 
 @dataclass
@@ -333,32 +425,61 @@ class _Balance:
 def _pack_loss(
     policy: Policy,
     pack: TreePack,
-    samples: Sequence[Sample],
+    loss: Callable[..., list[Tensor]],
+    out: PackLoss,
+    balance: _Balance | None,
+    indices: Sequence[int],
+) -> Tensor:
+    """Loss of one pack; its outputs and its part of the router's auxiliary loss, where `balance` is given, go
+    into `out`; `indices`: of the samples."""
+    rows = _rows_of(policy, pack, out.samples)
+    if balance is None:
+        return torch.stack(loss(rows, policy.hidden(pack), out)).sum()
+    hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
+    out.router_loss = policy.family.router_coef * balance_loss(load.probs, balance.counts, balance.routings)
+    return torch.stack([*loss(rows, hidden, out), out.router_loss]).sum()
+
+
+def _part_loss(
+    policy: Policy, part: Part, above: Prefix, loss: Callable[..., list[Tensor]], out: PackLoss
+) -> Tensor:
+    rows = _rows_of(policy, part.pack, out.samples)
+    return torch.stack(loss(rows, policy.hidden_behind(part, above), out)).sum()
+
+
+def _trunk_loss(
+    policy: Policy, above: Prefix, trunk: TreePack, loss: Callable[..., list[Tensor]], out: PackLoss
+) -> Tensor:
+    total = torch.stack(loss(_rows_of(policy, trunk, out.samples), above.hidden, out)).sum()
+    return above.send_back(total)
+
+
+def _rows_of(policy: Policy, pack: TreePack, samples: Sequence[Sample]) -> dict[bool, dict[str, Any] | None]:
+    """Before the forward: a copy to the device waits for what is queued there."""
+    return {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
+
+
+def _rows_loss(
+    policy: Policy,
     objective: ObjectiveConfig,
     temperature: float,
     impl: str,
-    outputs: dict[bool, PactLossOutput | None],
-    balance: _Balance | None,
-    indices: Sequence[int],
-    router: list[Tensor],
-) -> Tensor:
-    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`, its
-    part of the router's auxiliary loss into `router`, where `balance` is given; `indices`: of the samples."""
-    # Before the forward: a copy to the device waits for what is queued there.
-    rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
-    if balance is None:
-        hidden = policy.hidden(pack)
-    else:
-        hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
-        aux = balance_loss(load.probs, balance.counts, balance.routings)
-        router.append(policy.family.router_coef * aux)
-    for kind, terms in rows.items():
-        scale = temperature if kind else 1.0
-        outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
+    rows: dict[bool, dict[str, Any] | None],
+    hidden: Tensor,
+    out: PackLoss,
+) -> list[Tensor]:
+    """Losses of policy rows (True) and trace rows (False); their outputs go into `out`."""
+    outputs = {
+        kind: _call_op(policy, hidden, terms, objective, temperature if kind else 1.0, impl)
+        if terms
+        else None
+        for kind, terms in rows.items()
+    }
+    out.policy, out.sft = outputs[True], outputs[False]
     losses = [o.loss for o in outputs.values() if o is not None]
     if not losses:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
         losses = [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
-    return torch.stack(losses + router).sum()
+    return losses
 
 
 def _loss_rows(

@@ -239,6 +239,7 @@ class Trainer:
             config.objective,
             token_budget=config.train.token_budget,
             packing=config.train.packing,
+            prefix=config.train.prefix,
             temperature=config.rollout.temperature,
             sharded=self.sharded,
         ):

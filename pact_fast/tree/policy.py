@@ -21,6 +21,7 @@ from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.tree.families import HeadParams, causal_lm, check_model, decoder_layers, head_params
 from pact_fast.tree.packing import TreePack
 from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
+from pact_fast.tree.streaming import Part, Prefix
 
 ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
 LIGER = ("llama", "qwen2", "qwen3")  # families whose Liger kernels a test compares with the plain model
@@ -66,7 +67,9 @@ class _TreeCall:
     """One pack on its way through the layers; plans are made once and shared by all of them.
 
     `cache`: (keys, values) [P, Hkv, D] of the path above the pack, per layer, and `keep`: the tokens of path
-    and pack whose keys and values the next pack needs; both None outside `Policy.stream`.
+    and pack whose keys and values the next pack needs; both None outside `Policy.stream`. `made`: takes each
+    layer's keys and values as they are in the graph; `prefix` and `chosen`: keys and values of a trunk per
+    layer, and its tokens that are the path above the pack.
     """
 
     def __init__(
@@ -76,12 +79,18 @@ class _TreeCall:
         cache: dict | None = None,
         keep: Tensor | None = None,
         path: int = 0,
+        made: dict | None = None,
+        prefix: dict | None = None,
+        chosen: Tensor | None = None,
     ) -> None:
         self.subtree_end = subtree_end
         self.impl = impl
         self.cache = cache
         self.keep = keep
         self.path = path
+        self.made = made
+        self.prefix = prefix
+        self.chosen = chosen
         self.layers = 0  # layers that have called our attention
         self._plans: dict[int | None, Any] = {}
 
@@ -93,7 +102,12 @@ class _TreeCall:
         return self._plans[window]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the path and the pack; remembers those that `keep` names."""
+        """Keys and values of the path and the pack; remembers those that `keep` names, or all (`made`)."""
+        if self.made is not None:
+            self.made.setdefault(layer, (k, v))  # a recomputing backward comes here again
+        if self.prefix is not None:
+            above = (x[self.chosen] for x in self.prefix[layer])
+            return torch.cat((next(above), k)), torch.cat((next(above), v))
         if self.cache is None or self.keep is None:
             return k, v
         if self.path:
@@ -167,6 +181,28 @@ class Policy:
         pack = pack.to(self.device)
         call = _TreeCall(pack.subtree_end, self.attention)
         return self._forward(pack.input_ids, pack.position_ids, call)
+
+    def prefix(self, trunk: TreePack) -> Prefix:
+        """Hidden states, keys and values of the trunk of a tree that is too large for one forward: see
+        `pact_fast.tree.streaming`. Differentiable."""
+        trunk.check_positions()
+        trunk = trunk.to(self.device)
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+        call = _TreeCall(trunk.subtree_end, self.attention, made=made)
+        return Prefix(self._forward(trunk.input_ids, trunk.position_ids, call), made)
+
+    def hidden_behind(self, part: Part, prefix: Prefix) -> Tensor:
+        """Hidden states [n, H] of tokens that hang on a trunk. Differentiable in the weights and, into
+        `prefix.leaves`, in the trunk's keys and values."""
+        part = part.to(self.device)
+        call = _TreeCall(
+            part.pack.subtree_end,
+            self.attention,
+            path=part.path.numel(),
+            prefix=prefix.leaves,
+            chosen=part.path,
+        )
+        return self._forward(part.pack.input_ids, part.pack.position_ids, call)
 
     def hidden_and_load(self, pack: TreePack, counted: Tensor | None = None) -> tuple[Tensor, RouterLoad]:
         """As `hidden`, and where the expert layers sent the packed tokens `counted` (bool [T], default all):
