@@ -55,7 +55,7 @@ def _pact_tree_attention(
     pact_tree.layers += 1
     layer: Any = module.layer_idx
     k, v = pact_tree.extend(layer, k, v)
-    plan = pact_tree.plan(sliding_window)
+    plan = pact_tree.plan(sliding_window, q)
     out: Any = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
     return out[None], None
 
@@ -94,10 +94,16 @@ class _TreeCall:
         self.layers = 0  # layers that have called our attention
         self._plans: dict[int | None, Any] = {}
 
-    def plan(self, window: int | None):
+    def plan(self, window: int | None, query: Tensor):
+        """`query`: [T, Hq, D], for what "auto" chooses by."""
         if window not in self._plans:
             self._plans[window] = tree_plan(
-                self.subtree_end, window=window, first_query=self.path, impl=self.impl
+                self.subtree_end,
+                window=window,
+                first_query=self.path,
+                impl=self.impl,
+                head_dim=query.shape[2],
+                dtype=query.dtype,
             )
         return self._plans[window]
 
