@@ -25,7 +25,7 @@ def _types(names: list[str], constants: dict, dtype: str, block: list[int]) -> d
     for name in names:
         if name in constants:
             continue
-        if name.startswith("s_") or name in ("T", "window"):
+        if name.startswith("s_") or name in ("T", "first", "window"):
             types[name] = "i32"
         elif name.startswith("scale"):
             types[name] = "fp32"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,7 @@ from torch import Tensor
 from pact_fast.kernels.tree_attention.layout import visible_tiles
 
 PACKAGE = "flash-attn-4"
-# Of queries and keys, in the forward and in the backward: multiples of the kernels' own tiles on sm_90, sm_100.
-BLOCKS = {9: ((128, 128), (128, 128)), 10: ((256, 128), (128, 128))}
-HEAD_DIMS = range(64, 257, 8)
+HEAD_DIMS = {9: range(64, 257, 8), 10: range(64, 129, 8)}  # by major capability
 AUTO_HEAD_DIMS = (128,)  # measured; at 64 some releases have had wrong block-sparse gradients
 DTYPES = (torch.bfloat16, torch.float16)
 PAD = 256  # a tile past the end is read, never used
@@ -44,13 +43,24 @@ def installed() -> bool:
 
 def refusal(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
     """Why this cannot run, or None."""
-    if capability[0] not in BLOCKS:
+    if capability[0] not in HEAD_DIMS:
         return f"needs sm_90 or sm_100, this GPU is sm_{capability[0]}{capability[1]}"
-    if head_dim not in HEAD_DIMS:
-        return f"takes head_dim {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} in steps of 8, got {head_dim}"
+    if head_dim not in (known := HEAD_DIMS[capability[0]]):
+        return f"takes head_dim {known[0]} to {known[-1]} in steps of 8 here, got {head_dim}"
     if dtype not in DTYPES:
         return f"takes bfloat16 or float16, got {dtype}"
     return None if installed() else f"needs the package {PACKAGE}: pip install 'pact_fast[fa4]'"
+
+
+def block_sizes(
+    head_dim: int, capability: tuple[int, int] = (9, 0)
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Queries x keys of a block in the forward and in the backward: what the kernels' own tiles divide."""
+    if capability[0] == 10:
+        return (256, 128), (128, 128)
+    if head_dim <= 128:
+        return (128, 128), (128, 128)
+    return ((128, 112), (128, 96)) if head_dim <= 192 else ((128, 80), (128, 64))
 
 
 class BlockLists:
@@ -61,21 +71,22 @@ class BlockLists:
         self, seen: np.ndarray, full: np.ndarray, block: tuple[int, int], device: torch.device
     ) -> None:
         self.block = block
-        self.partial = _numbers(seen & ~full, device)
-        self.full = _numbers(full, device)
+        self.partial = packed_columns(seen & ~full, device)
+        self.full = packed_columns(full, device)
 
 
-def _numbers(
-    mask: np.ndarray, device: torch.device, values: np.ndarray | None = None
+def packed_columns(
+    mask: np.ndarray, device: torch.device, width: int | None = None, values: np.ndarray | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Counts of a row's true entries and, packed to the left, their columns, or their `values`."""
+    """Counts [1, 1, rows] of a row's true entries and, packed to the left in [1, 1, rows, width], their
+    columns, or their `values`; width None: as many as any row has."""
     count = mask.sum(1)
     rows, columns = np.nonzero(mask)
-    index = np.zeros((mask.shape[0], max(int(count.max(initial=0)), 1)), np.int32)
-    index[rows, np.arange(rows.size) - np.repeat(np.cumsum(count) - count, count)] = (
-        columns if values is None else values[rows, columns]
-    )
-    return tuple(torch.from_numpy(x)[None, None].to(device) for x in (count.astype(np.int32), index))  # type: ignore[return-value]
+    index = np.zeros((mask.shape[0], width or max(int(count.max(initial=0)), 1)), np.int32)
+    place = np.arange(rows.size) - np.repeat(np.cumsum(count) - count, count)
+    index[rows, place] = columns if values is None else values[rows, columns]
+    counts, numbers = (torch.from_numpy(x)[None, None].to(device) for x in (count.astype(np.int32), index))
+    return counts, numbers
 
 
 class Fa4Plan:
@@ -93,10 +104,10 @@ class Fa4Plan:
         window: int | None,
         first_query: int = 0,
         *,
-        blocks: tuple[tuple[int, int], tuple[int, int]] = BLOCKS[9],
+        blocks: tuple[tuple[int, int], tuple[int, int]] = ((128, 128), (128, 128)),
     ) -> None:
         device, end = subtree_end.device, subtree_end.cpu().numpy()
-        self.window, self.first_query = window, first_query
+        self.window, self.first_query, self.blocks = window, first_query, blocks
 
         def padded(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.pad(values.astype(np.int32), (0, PAD))).to(device)
@@ -111,7 +122,7 @@ class Fa4Plan:
         seen, full = visible_tiles(end, depth, *backward, window, first_query)
         self.backward = BlockLists(seen.T, full.T, backward, device)
         place = np.cumsum(seen, axis=1) - 1
-        self.write_order = tuple(_numbers(m.T, device, place.T)[1] for m in (seen & ~full, full))
+        self.write_order = tuple(packed_columns(m.T, device, values=place.T)[1] for m in (seen & ~full, full))
 
 
 @lru_cache(maxsize=1)
@@ -122,10 +133,6 @@ def _library() -> Any:
     from flash_attn.cute import utils
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
-    class Library:
-        forward, backward, Lists = _flash_attn_fwd, _flash_attn_bwd, BlockSparseTensorsTorch
-        masks: dict[Any, Any] = {}
 
     def at(table, index):
         return utils.scalar_to_ssa(table[index[0]], Int32)
@@ -146,8 +153,14 @@ def _library() -> Any:
 
         return mask
 
-    Library.tree, Library.behind, Library.windowed = tree, behind, lru_cache(windowed)  # type: ignore[attr-defined]
-    return Library
+    return SimpleNamespace(
+        forward=_flash_attn_fwd,
+        backward=_flash_attn_bwd,
+        lists=BlockSparseTensorsTorch,
+        tree=tree,
+        behind=behind,
+        windowed=lru_cache(windowed),
+    )
 
 
 def _mask(library: Any, plan: Fa4Plan) -> Any:
@@ -160,16 +173,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Fa4Plan, scale: float) -> tup
     """out [T, Hq, D] and lse [Hq, T]."""
     library, lists = _library(), plan.forward
     out, lse, *_ = library.forward(
-        q[None],
-        k[None],
-        v[None],
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
         softmax_scale=scale,
         mask_mod=_mask(library, plan),
         aux_tensors=plan.aux,
-        block_sparse_tensors=library.Lists(*lists.partial, *lists.full, block_size=lists.block),
+        block_sparse_tensors=library.lists(*lists.partial, *lists.full, block_size=lists.block),
         return_lse=True,
     )
-    return out[0], lse[0]
+    return out.squeeze(0), lse.squeeze(0)
 
 
 def backward(
@@ -186,27 +199,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [T, Hq, D], dk and dv [T, Hkv, D]; d_lse and lse [Hq, T]."""
     library, lists = _library(), plan.backward
-    order = dict(zip(("dq_write_order", "dq_write_order_full"), plan.write_order, strict=True))
+    order: dict[str, Any] = dict(
+        zip(("dq_write_order", "dq_write_order_full"), plan.write_order, strict=True)
+    )
+    order["spt"] = False
     gradients = library.backward(
-        q[None],
-        k[None],
-        v[None],
-        out[None],
-        d_out[None],
-        lse[None],
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        out.unsqueeze(0),
+        d_out.unsqueeze(0),
+        lse.unsqueeze(0),
         softmax_scale=scale,
         mask_mod=_mask(library, plan),
         aux_tensors=plan.aux,
-        block_sparse_tensors=library.Lists(
+        block_sparse_tensors=library.lists(
             *lists.partial,
             *lists.full,
             block_size=lists.block,
             **(order | {"spt": False} if deterministic else {}),
         ),
-        dlse=None if d_lse is None else d_lse[None],
+        dlse=None if d_lse is None else d_lse.unsqueeze(0),
         deterministic=deterministic,
     )
-    dq, dk, dv = (x[0] for x in gradients)
+    dq, dk, dv = (x.squeeze(0) for x in gradients)
     return dq, dk, dv
 
 
@@ -223,7 +239,7 @@ class _Fa4(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        d_lse = None if d_lse is None else d_lse.float().contiguous()
+        d_lse = None if d_lse is None else d_lse.contiguous()
         deterministic = torch.are_deterministic_algorithms_enabled()
         return *backward(d_out, d_lse, q, k, v, out, lse, ctx.plan, ctx.scale, deterministic), None, None
 
@@ -231,9 +247,12 @@ class _Fa4(torch.autograd.Function):
 def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Fa4Plan, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, D] and lse [T, Hq] fp32, both differentiable. ValueError where it cannot run (`refusal`)."""
-    if q.is_cuda and (why := refusal(q.shape[2], q.dtype, torch.cuda.get_device_capability(q.device))):
+    """out [T, Hq, D] and lse [T, Hq] fp32, both differentiable. ValueError where it cannot run."""
+    capability = torch.cuda.get_device_capability(q.device)
+    if why := refusal(q.shape[2], q.dtype, capability):
         raise ValueError(f'impl="fa4" {why}; use impl="triton"')
+    if plan.blocks != block_sizes(q.shape[2], capability):
+        raise ValueError(f"the plan is of another head_dim than {q.shape[2]}: give it to tree_plan")
     q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = _Fa4.apply(q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale)
     return out, lse.T

@@ -39,8 +39,9 @@ def tree_plan(
     """The part of `tree_attention` that depends on the tree alone: its checks and the layout of the work.
 
     Args as in `tree_attention`. `first_query`: q and the result hold the tokens from here on only; the
-    keys and values of those before come from a cache. `head_dim`, `dtype`: of q, k and v; "auto" looks at them
-    (without them it is Triton on CUDA). ValueError where `subtree_end` is not a tree.
+    keys and values of those before come from a cache. `head_dim`, `dtype`: of q, k and v; "auto" looks at
+    them (without them it is Triton on CUDA), and "fa4" at head_dim (without it 128). ValueError where
+    `subtree_end` is not a tree.
     """
     if subtree_end.dim() != 1 or subtree_end.dtype != torch.int32:
         raise ValueError(f"subtree_end must be [T] int32, got {list(subtree_end.shape)} {subtree_end.dtype}")
@@ -63,7 +64,7 @@ def tree_plan(
 
         data = FlexPlan(subtree_end, depth, window)
     else:
-        blocks = fa4.BLOCKS[torch.cuda.get_device_capability(subtree_end.device)[0]]
+        blocks = fa4.block_sizes(head_dim or 128, torch.cuda.get_device_capability(subtree_end.device))
         data = fa4.Fa4Plan(subtree_end, depth, window, first_query, blocks=blocks)
     return TreePlan(impl, end.size, window, first_query, data)
 
