@@ -177,7 +177,9 @@ def bench_model(
     contexts: Sequence[str] = CONTEXTS,
 ) -> None:
     model = make_model()
-    policy = Policy(model, gradient_checkpointing=GPU)  # a long one-by-one pass does not fit without it
+    policy = Policy(
+        model, gradient_checkpointing="keep_attention" if GPU else "none"
+    )  # a long one-by-one pass does not fit without it
     vocab = model.config.vocab_size
     for geometry in sweep:
         for chosen in contexts:

@@ -34,7 +34,9 @@ class ModelConfig:
     )
     chat_format: str = key("auto", "auto (what the tokenizer's template speaks), hermes, compact or llama")
     attention: str = key("auto", "tree attention: auto, or an implementation by name (see pact-fast doctor)")
-    gradient_checkpointing: bool = key(False, "compute each layer's activations again in the backward")
+    gradient_checkpointing: Literal["auto", "none", "full", "keep_attention"] = key(
+        "auto", "recompute each layer in the backward, wholly or but its attention; auto: what fits the memory"
+    )
     compile: str | None = key(None, "torch.compile backend of the decoder layers (inductor); none: off")
 
 
@@ -250,6 +252,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     values = _own_names(_read_yaml(find_config(path)) if path is not None else {}, source)
     words = _own_words(overrides)
     _check_keys(values, source)
+    _check_renamed_values(values, source)
     preset, parser = _preset_of(values, words), config_parser()
     if preset not in PRESETS:
         near = _nearest(preset, PRESETS) or f"; there are {', '.join(PRESETS)}"
@@ -381,6 +384,15 @@ def _nearest(name: str, known: Iterable[str]) -> str:
         leaves = {key.rsplit(".", 1)[-1]: key for key in known}
         close = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_renamed_values(values: dict[str, Any], source: str) -> None:
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(old := model.get("gradient_checkpointing"), bool):
+        raise ConfigError(
+            f"{source}: model.gradient_checkpointing={str(old).lower()} is called "
+            f"{'full' if old else 'none'} now; there are auto, none, full and keep_attention"
+        )
 
 
 def _unknown(source: str, name: str, known: Sequence[str]) -> ConfigError:

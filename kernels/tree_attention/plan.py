@@ -124,8 +124,9 @@ def _choose_tree(impl: str, tensor: Tensor, head_dim: int | None, dtype: torch.d
         if not tensor.is_cuda:
             return "torch"
         capability = torch.cuda.get_device_capability(tensor.device)
-        known = head_dim in fa4.AUTO_HEAD_DIMS and dtype is not None
-        return "fa4" if known and fa4.refusal(head_dim, dtype, capability) is None else "triton"
+        if head_dim not in fa4.AUTO_HEAD_DIMS or dtype is None:
+            return "triton"
+        return "fa4" if fa4.refusal(head_dim, dtype, capability) is None else "triton"
     if impl == "fa4":
         if not tensor.is_cuda:
             raise ValueError('impl="fa4" needs CUDA tensors, got CPU; use impl="torch"')

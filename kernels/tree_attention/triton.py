@@ -391,6 +391,39 @@ def _backward(ctx, d_out, d_lse):
 tree_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _arguments(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, tiles: Tiles | None) -> tuple:
+    """q with rows for the prefix, k and v as the ops take them, and their other arguments."""
+    first, head_dim = plan.first_query, q.shape[2]
+    if first:
+        q = torch.cat((q.new_zeros(first, *q.shape[1:]), q))  # rows of tiles that no program visits
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    tiles = tiles or choose_tiles(head_dim, q.dtype, capability, plan.window is not None)
+    lists = [*plan.lists(tiles.fwd), *plan.lists(tiles.dq), plan.key_order(tiles.dkv)]
+    flat = [size for tile in tiles for size in tile]
+    return (q, k, v), (plan.end, plan.depth, lists, flat, scale, plan.window or 0, first)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, D] and lse [Hq, T] without an autograd graph; rows of the prefix are not in them."""
+    qkv, rest = _arguments(q, k, v, plan, scale, None)
+    out, lse = tree_attention_op(*qkv, *rest)
+    return out[plan.first_query :], lse[:, plan.first_query :]
+
+
+def backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: TilePlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from what `forward` gave."""
+    first = plan.first_query
+    qkv, rest = _arguments(q, k, v, plan, scale, None)
+    if first:
+        out, d_out = (torch.cat((x.new_zeros(first, *x.shape[1:]), x)) for x in (out, d_out))
+        lse = torch.cat((lse.new_full((lse.shape[0], first), torch.inf), lse), 1)
+    gradients = tree_attention_backward_op(d_out, None, *qkv, out.contiguous(), lse.contiguous(), *rest)
+    return gradients[0][first:], gradients[1], gradients[2]
+
+
 def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, *, scale: float | None = None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -399,21 +432,13 @@ def tree_attention(
     ValueError for a head_dim that is not a multiple of 16 up to 256; TypeError for dtypes other than bf16,
     fp16 and fp32.
     """
-    head_dim = q.shape[2]
+    head_dim, first = q.shape[2], plan.first_query
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise ValueError(
             f'head_dim = {head_dim}: impl="triton" takes multiples of 16 up to 256; use impl="torch"'
         )
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f'q is {q.dtype}: impl="triton" takes bfloat16, float16 or float32; use impl="torch"')
-    first = plan.first_query
-    if first:
-        q = torch.cat((q.new_zeros(first, *q.shape[1:]), q))  # rows of tiles that no program visits
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    tiles = tiles or choose_tiles(head_dim, q.dtype, capability, plan.window is not None)
-    scale = head_dim**-0.5 if scale is None else scale
-    lists = [*plan.lists(tiles.fwd), *plan.lists(tiles.dq), plan.key_order(tiles.dkv)]
-    flat = [size for tile in tiles for size in tile]
-    out, lse = tree_attention_op(q, k, v, plan.end, plan.depth, lists, flat, scale, plan.window or 0, first)
+    qkv, rest = _arguments(q, k, v, plan, head_dim**-0.5 if scale is None else scale, tiles)
+    out, lse = tree_attention_op(*qkv, *rest)
     return out[first:], lse.T[first:]

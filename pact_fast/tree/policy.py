@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
+from pact_fast.kernels.tree_attention import kept
 from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.tree.families import HeadParams, causal_lm, check_model, decoder_layers, head_params
 from pact_fast.tree.packing import TreePack
 from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
 from pact_fast.tree.streaming import Part, Prefix
 
+CHECKPOINTING = ("none", "full", "keep_attention")
 ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
 LIGER = ("llama", "qwen2", "qwen3")  # families whose Liger kernels a test compares with the plain model
 
@@ -56,7 +58,12 @@ def _pact_tree_attention(
     layer: Any = module.layer_idx
     k, v = pact_tree.extend(layer, k, v)
     plan = pact_tree.plan(sliding_window, q)
-    out: Any = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
+    out: Any
+    if pact_tree.kept is not None and torch.is_grad_enabled():
+        out = kept.tree_attention(q, k, v, plan, pact_tree.kept, layer, scale=scaling)
+    else:
+        end = pact_tree.subtree_end
+        out = tree_attention(q, k, v, end, scale=scaling, window=sliding_window, plan=plan)
     return out[None], None
 
 
@@ -69,7 +76,7 @@ class _TreeCall:
     `cache`: (keys, values) [P, Hkv, D] of the path above the pack, per layer, and `keep`: the tokens of path
     and pack whose keys and values the next pack needs; both None outside `Policy.stream`. `made`: takes each
     layer's keys and values as they are in the graph; `prefix` and `chosen`: keys and values of a trunk per
-    layer, and its tokens that are the path above the pack.
+    layer, and its tokens that are the path above the pack. `kept`: attention outputs of checkpointed layers.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class _TreeCall:
         self.made = made
         self.prefix = prefix
         self.chosen = chosen
+        self.kept: dict | None = None
         self.layers = 0  # layers that have called our attention
         self._plans: dict[int | None, Any] = {}
 
@@ -128,8 +136,9 @@ class Policy:
     Args:
         model: a transformers causal LM, or a PEFT model around one.
         attention: implementation of `ops.tree_attention`: "auto", "torch", ...
-        gradient_checkpointing: recompute every decoder layer in the backward instead of keeping its
-            activations.
+        gradient_checkpointing: "none"; "full": keep the input of every decoder layer alone and recompute the
+            layer in the backward; "keep_attention": keep its attention's output and log-sum-exp besides, so
+            that no attention is recomputed (as a bool: full or none).
         liger: replace RMSNorm, RoPE and SwiGLU by Liger's Triton kernels (package liger-kernel). This changes
             the model itself, and RoPE for every model of its family in the process, as Liger does it.
         compile: backend of torch.compile ("inductor") for the decoder layers, within `hidden` and `stream`
@@ -145,7 +154,7 @@ class Policy:
         model: PreTrainedModel,
         *,
         attention: str = "auto",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: str | bool = "none",
         liger: bool = False,
         compile: str | None = None,
     ) -> None:
@@ -155,7 +164,13 @@ class Policy:
             _apply_liger(causal)
         self.model = model
         self.attention = attention
-        self.gradient_checkpointing = gradient_checkpointing
+        if isinstance(gradient_checkpointing, bool):
+            gradient_checkpointing = "full" if gradient_checkpointing else "none"
+        self.gradient_checkpointing: str = gradient_checkpointing
+        if self.gradient_checkpointing not in CHECKPOINTING:
+            raise ValueError(
+                f"gradient_checkpointing={gradient_checkpointing!r}: choose from {', '.join(CHECKPOINTING)}"
+            )
         self._causal: Any = causal
         self._layers: list[Any] = [m for m in causal.modules() if hasattr(type(m), "gradient_checkpointing")]
         self._compiled: list[tuple[Any, Any]] = []
@@ -227,6 +242,8 @@ class Policy:
                 f"attention_dropout = {dropout} in training: tree attention has no dropout; set it to 0 in "
                 "the model's config or call model.eval()"
             )
+        if self.gradient_checkpointing == "keep_attention":
+            call.kept = {}
         with self._inside(config), self._checkpointing(config):
             out = self._causal.model(
                 input_ids=input_ids[None],
@@ -282,7 +299,9 @@ class Policy:
     @contextmanager
     def _checkpointing(self, config) -> Iterator[None]:
         """Checkpoint the layers of this forward where asked, here or on the model; then restore it."""
-        wanted = self.gradient_checkpointing or any(layer.gradient_checkpointing for layer in self._layers)
+        wanted = self.gradient_checkpointing != "none" or any(
+            layer.gradient_checkpointing for layer in self._layers
+        )
         if not (wanted and torch.is_grad_enabled()):
             yield
             return

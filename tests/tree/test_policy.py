@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig
 
+from pact_fast.kernels.tree_attention import kept
 from pact_fast.tree.families import check_model
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree
 from pact_fast.tree.policy import ATTENTION, Policy
@@ -180,3 +181,45 @@ def test_other_families_and_layers_are_refused():
         Policy(
             tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
         )
+
+
+@pytest.mark.parametrize(("attention", "windowed"), [("torch", False), ("torch", True), ("triton", True)])
+def test_kept_attention_has_the_gradients_of_no_checkpoint_and_runs_once(monkeypatch, attention, windowed):
+    if attention == "triton":
+        pytest.importorskip("pact_fast.kernels.tree_attention.triton")
+    layers = {"layer_types": ["sliding_attention", "full_attention"]} if windowed else {}
+    window = {"sliding_window": 9, "use_sliding_window": True} if windowed else {}
+    overrides = {"head_dim": 16} if attention == "triton" else {}
+    model = tiny_model("qwen3", tied=True, **layers, **window, **overrides)
+    pack = pack_tree(pact_sequences(3, prompt=14, trace=5, rollout=5, group=2))
+    runs = []
+    forward = kept._forward
+    monkeypatch.setattr(kept, "_forward", lambda *a: runs.append(1) or forward(*a))
+
+    def loss_of(way):
+        hidden = Policy(model, attention=attention, gradient_checkpointing=way).hidden(pack)
+        return (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
+
+    plain, checkpointed = loss_of("none"), loss_of("keep_attention")
+    assert plain.item() == pytest.approx(checkpointed.item(), rel=1e-6)
+    assert_gradients_equal(model, checkpointed, plain)
+    assert len(runs) == model.config.num_hidden_layers  # the recomputation has taken what was kept
+
+
+def test_what_is_kept_is_freed_by_the_backward(monkeypatch):
+    model, seen = tiny_model("qwen3"), []
+    attend = kept.tree_attention
+    monkeypatch.setattr(kept, "tree_attention", lambda *a, **k: seen.append(a[4]) or attend(*a, **k))
+    loss = Policy(model, gradient_checkpointing="keep_attention").hidden(pack_tree(pact_sequences(3))).sum()
+    assert sorted(seen[0]) == list(range(model.config.num_hidden_layers))
+    loss.backward()
+    assert seen[0] == {}
+
+
+def test_checkpointing_is_one_of_three_ways_and_flex_cannot_keep_its_attention():
+    model = tiny_model("qwen3")
+    with pytest.raises(ValueError, match="choose from none, full, keep_attention"):
+        Policy(model, gradient_checkpointing="some")
+    policy = Policy(model, attention="flex", gradient_checkpointing="keep_attention")
+    with pytest.raises(ValueError, match="keep_attention"):
+        policy.hidden(pack_tree([[1, 2], [1, 3]]))

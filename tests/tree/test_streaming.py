@@ -93,7 +93,7 @@ def adapted(model):
     return model
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "keep_attention"])
 @pytest.mark.parametrize("wrap", [lambda m: m, adapted], ids=["full", "lora"])
 def test_streamed_gradients_equal_the_whole_trees(family, checkpointing, wrap):
     policy = Policy(wrap(tiny_model(family)), gradient_checkpointing=checkpointing)
