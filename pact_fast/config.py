@@ -35,7 +35,7 @@ class ModelConfig:
     chat_format: str = key("auto", "auto (what the tokenizer's template speaks), hermes, compact or llama")
     attention: str = key("auto", "tree attention: auto, or an implementation by name (see pact-fast doctor)")
     gradient_checkpointing: Literal["auto", "none", "full", "keep_attention"] = key(
-        "auto", "recompute each layer in the backward, wholly or but its attention; auto: what fits the memory"
+        "auto", "recompute each layer in the backward, wholly or but its attention; auto: as memory asks"
     )
     compile: str | None = key(None, "torch.compile backend of the decoder layers (inductor); none: off")
 
@@ -115,7 +115,7 @@ class TrainConfig:
     )
     prefix: Literal["auto", "stream", "recompute"] = key(
         "auto",
-        "what the sequences of a tree over the budget share: computed once, or in every pack; auto: the cheaper",
+        "what sequences of a tree over the budget share: computed once, or in every pack; auto: the cheaper",
     )
     max_skipped_steps: int = count(10, "updates in a row that may be non-finite before the run stops")
 
