@@ -59,7 +59,7 @@ def step(policy: Policy, samples: list[Sample], size: Over, way: str) -> dict[st
 
 def bench_streaming(out: Rows, seconds: float, least: int = 5, sizes: Sequence[Over] = SIZES) -> None:
     model = make_model()
-    policy = Policy(model, gradient_checkpointing="keep_attention" if GPU else "none")
+    policy = Policy(model, gradient_checkpointing="keep_attention" if GPU else "none", kernels="auto")
     for size in sizes:
         samples = samples_of(size, model.config.vocab_size)
         runs: dict[str, Run] = {f"pact_fast/{way}": partial(step, policy, samples, size, way) for way in WAYS}

@@ -29,14 +29,13 @@ class ModelConfig:
     """The policy"""
 
     path: str = key("toolbox-base", "Hugging Face folder, hub name, run folder, or toolbox-base (bundled)")
-    dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "of the weights; under torchrun, of master weights"
-    )
+    dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights; under torchrun, of masters")
     chat_format: str = key("auto", "auto (what the tokenizer's template speaks), hermes, compact or llama")
     attention: str = key("auto", "tree attention: auto, or an implementation by name (see pact-fast doctor)")
     gradient_checkpointing: Literal["auto", "none", "full", "keep_attention"] = key(
         "auto", "recompute each layer in the backward, wholly or but its attention; auto: as memory asks"
     )
+    kernels: Literal["auto", "liger", "none"] = key("auto", "norms, RoPE, SwiGLU; auto: liger on a GPU")
     compile: str | None = key(None, "torch.compile backend of the decoder layers (inductor); none: off")
 
 
@@ -110,12 +109,9 @@ class TrainConfig:
     adam_beta2: float = key(0.999, "of AdamW", low=0, below=1)
     max_grad_norm: float = key(1.0, "norm that the gradient is clipped to", above=0)
     token_budget: int = count(16384, "packed tokens of one forward")
-    packing: Literal["tree", "none"] = key(
-        "tree", "share prefixes, or lay every sequence out alone (to compare)"
-    )
+    packing: Literal["tree", "none"] = key("tree", "share prefixes, or lay every sequence out alone")
     prefix: Literal["auto", "stream", "recompute"] = key(
-        "auto",
-        "what sequences of a tree over the budget share: computed once, or in every pack; auto: the cheaper",
+        "auto", "shared part of a tree over the budget: computed once, or in every pack; auto: the cheaper"
     )
     max_skipped_steps: int = count(10, "updates in a row that may be non-finite before the run stops")
 
@@ -252,7 +248,6 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     values = _own_names(_read_yaml(find_config(path)) if path is not None else {}, source)
     words = _own_words(overrides)
     _check_keys(values, source)
-    _check_renamed_values(values, source)
     preset, parser = _preset_of(values, words), config_parser()
     if preset not in PRESETS:
         near = _nearest(preset, PRESETS) or f"; there are {', '.join(PRESETS)}"
@@ -386,15 +381,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_renamed_values(values: dict[str, Any], source: str) -> None:
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(old := model.get("gradient_checkpointing"), bool):
-        raise ConfigError(
-            f"{source}: model.gradient_checkpointing={str(old).lower()} is called "
-            f"{'full' if old else 'none'} now; there are auto, none, full and keep_attention"
-        )
-
-
 def _unknown(source: str, name: str, known: Sequence[str]) -> ConfigError:
     if name in RENAMED_KEYS:
         return ConfigError(f"{source}: {name!r} was renamed to {RENAMED_KEYS[name]!r}")
@@ -414,6 +400,8 @@ def _check_keys(values: dict[str, Any], source: str) -> None:
             for leaf in value:
                 if f"{name}.{leaf}" not in known:
                     raise _unknown(source, f"{name}.{leaf}", known)
+                if leaf == "gradient_checkpointing" and isinstance(old := value[leaf], bool):
+                    raise ConfigError(f"{source}: {name}.{leaf}={old} is now {'full' if old else 'none'}")
         elif name not in known:
             raise _unknown(source, str(name), [*known, *sections])
 

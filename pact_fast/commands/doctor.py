@@ -32,7 +32,10 @@ NATIVE = Path(__file__).parent.parent / "_native"
 # (distribution, what its absence costs); EXTRAS says how it is installed.
 OPTIONAL = (
     ("triton", "Triton kernels: on CUDA the ops need impl='torch', several times slower and more memory"),
-    ("liger-kernel", "a peer in `pact-fast bench`, and `Policy(liger=True)`"),
+    (
+        "liger-kernel",
+        "fused norms, RoPE and SwiGLU (model.kernels), and a peer in `pact-fast bench`",
+    ),
     ("peft", "LoRA training"),
     (
         "flash-attn-4",

@@ -119,6 +119,7 @@ def build_policy(model: Any, config: ModelConfig, tokens: int, ranks: int = 1) -
         model,
         attention=config.attention,
         gradient_checkpointing=checkpointing,
+        kernels=config.kernels,
         compile=config.compile,
     )
 

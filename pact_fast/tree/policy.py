@@ -8,7 +8,7 @@ to ours. Any other attention would silently misread the position ids of a tree a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,15 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pact_fast.kernels.tree_attention import kept
 from pact_fast.ops import tree_attention, tree_plan
-from pact_fast.tree.families import HeadParams, causal_lm, check_model, decoder_layers, head_params
+from pact_fast.tree import fused_layers as fused
+from pact_fast.tree.families import Family, HeadParams, causal_lm, check_model, decoder_layers, head_params
+from pact_fast.tree.fused_layers import Kernels
 from pact_fast.tree.packing import TreePack
 from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
 from pact_fast.tree.streaming import Part, Prefix
 
 CHECKPOINTING = ("none", "full", "keep_attention")
 ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
-LIGER = ("llama", "qwen2", "qwen3")  # families whose Liger kernels a test compares with the plain model
 
 
 @torch.compiler.disable
@@ -139,8 +140,9 @@ class Policy:
         gradient_checkpointing: "none"; "full": keep the input of every decoder layer alone and recompute the
             layer in the backward; "keep_attention": keep its attention's output and log-sum-exp besides, so
             that no attention is recomputed (as a bool: full or none).
-        liger: replace RMSNorm, RoPE and SwiGLU by Liger's Triton kernels (package liger-kernel). This changes
-            the model itself, and RoPE for every model of its family in the process, as Liger does it.
+        kernels: of RMSNorm, RoPE and SwiGLU: "none" (the model's own), "liger" (the package liger-kernel's),
+            "auto": liger on a GPU where it is installed, knows the family and nothing is compiled. In effect
+            within `hidden` and `stream` alone.
         compile: backend of torch.compile ("inductor") for the decoder layers, within `hidden` and `stream`
             alone; attention itself stays outside of the compiled parts.
 
@@ -155,13 +157,12 @@ class Policy:
         *,
         attention: str = "auto",
         gradient_checkpointing: str | bool = "none",
-        liger: bool = False,
+        kernels: str = "none",
         compile: str | None = None,
     ) -> None:
         causal = causal_lm(model)
         self.family = check_model(causal)
-        if liger:
-            _apply_liger(causal)
+        self.kernels = _choose_kernels(kernels, causal, self.family, compile)
         self.model = model
         self.attention = attention
         if isinstance(gradient_checkpointing, bool):
@@ -284,10 +285,14 @@ class Policy:
             above = torch.cat((above, hidden))[keep]
             path = here[keep]
 
+    def fused_layers(self) -> AbstractContextManager[None]:
+        """Inside, the model runs on the fused layers that `hidden` runs on, and nothing else is changed."""
+        return nullcontext() if self.kernels is None else fused.fused_layers(self._causal, self.kernels)
+
     @contextmanager
     def _inside(self, config) -> Iterator[None]:
-        """Our attention, and the compiled layers where asked; what the model has otherwise comes back."""
-        with _tree_attention_on(config):
+        """Our attention, and fused or compiled layers where asked; what the model has itself comes back."""
+        with _tree_attention_on(config), self.fused_layers():
             for layer, compiled in self._compiled:
                 layer.forward = compiled
             try:
@@ -330,6 +335,21 @@ class Policy:
                 layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = state
 
 
+def _choose_kernels(name: str, model: Any, family: Family, compiled: str | None) -> Kernels | None:
+    if name not in ("auto", "liger", "none"):
+        raise ValueError(f"kernels={name!r}: choose from auto, liger, none")
+    if name == "auto":
+        on_gpu = next(model.parameters()).is_cuda
+        fits = family.name in fused.FAMILIES and compiled is None
+        name = "liger" if on_gpu and fits and fused.installed() else "none"
+    if name == "none":
+        return None
+    if compiled is not None:
+        raise ValueError(f"kernels=liger and compile={compiled!r} fuse the same layers: choose one of them")
+    fused.check_family(family)
+    return fused.liger_kernels()
+
+
 @contextmanager
 def _tree_attention_on(config) -> Iterator[None]:
     before = config._attn_implementation
@@ -338,16 +358,3 @@ def _tree_attention_on(config) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-def _apply_liger(model: Any) -> None:
-    if (kind := model.config.model_type) not in LIGER:
-        raise ValueError(f"liger=True: its kernels for {kind!r} are not tested here, only {', '.join(LIGER)}")
-    try:
-        from liger_kernel.transformers import monkey_patch
-    except ImportError as error:
-        raise ImportError("liger=True needs the package liger-kernel: pip install liger-kernel") from error
-    apply = getattr(monkey_patch, f"apply_liger_kernel_to_{kind}")
-    # The head and its loss are ours.
-    heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    apply(rope=True, rms_norm=True, swiglu=True, **heads, model=model)
