@@ -25,6 +25,7 @@ class Case:
     aligned: tuple[str, ...] = ()  # integers divisible by 16
     want: tuple[str, ...] = field(default=())  # instructions the PTX must contain
     arch: int | None = None  # only for this compute capability
+    spills: int = 0  # bytes that this case may spill: the fastest tile measured is taken whatever it spills
 
 
 def row_cases(dtype: str, vocab: int) -> Iterator[Case]:

@@ -1,6 +1,7 @@
-"""Token trees beside one-by-one packing: attention, training step, scoring pass, packer.
+"""Token trees beside one-by-one packing: attention, training step, step over the budget, scoring, packer.
 
-    pact-fast bench tree [attention] [model] [packer] [--seconds 3] [--rounds 5] [--main-shape] [--out PATH]
+    pact-fast bench tree [attention] [model] [streaming] [packer] [--seconds 3] [--rounds 5] [--main-shape]
+                         [--out PATH]
 
 On a GPU: attention at the head counts of Qwen3-1.7B and 4B, and a Qwen3-1.7B-shaped model with random
 weights.
@@ -19,8 +20,9 @@ from bench.rows import LOCAL, OUT_HELP, Rows
 from bench.runner import DEVICE, GPU
 from bench.tree_model import bench_model
 from bench.tree_packer import bench_packer
+from bench.tree_streaming import bench_streaming
 
-BENCHES = ("attention", "model", "packer")
+BENCHES = ("attention", "model", "streaming", "packer")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
             bench_ops(out, ["tree_attention"], shapes, args.seconds, args.rounds)
         elif what == "model":
             bench_model(out, args.seconds, args.rounds, SWEEP[only], CONTEXTS[only])
+        elif what == "streaming":
+            bench_streaming(out, args.seconds, args.rounds)
         else:
             bench_packer(out, args.seconds, args.rounds)
     return out.status()

@@ -30,9 +30,15 @@ NATIVE = Path(__file__).parent.parent / "_native"
 # (distribution, what its absence costs); EXTRAS says how it is installed.
 OPTIONAL = (
     ("triton", "Triton kernels: on CUDA the ops need impl='torch', several times slower and more memory"),
-    ("liger-kernel", "a peer in `pact-fast bench`, and `Policy(liger=True)`"),
+    (
+        "liger-kernel",
+        "fused norms, RoPE and SwiGLU (model.kernels), and a peer in `pact-fast bench`",
+    ),
     ("peft", "LoRA training"),
-    ("flash-attn", "a peer in `pact-fast bench`, and tree attention with impl='flash'"),
+    (
+        "flash-attn-4",
+        "tree attention at twice the speed on sm_90 and sm_100 (`pip install 'pact_fast[fa4]'`)",
+    ),
     ("torchao", "8-bit AdamW"),
     ("bfcl-eval", "the `bfcl` environment"),
     ("wandb", "logging to Weights & Biases"),

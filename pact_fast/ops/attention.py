@@ -36,8 +36,8 @@ def tree_attention(
             ancestors.
         plan: `tree_plan` of the same tree, to be made once where many calls share a tree; None: made here.
         return_lse: also return the log-sum-exp of each row's scores, differentiable as well.
-        impl: "auto" (Triton on CUDA, torch elsewhere), "torch", "triton", "flex" (torch's FlexAttention) or
-            "flash" (the flash-attn package: one call per level of the tree; its lse has no gradient).
+        impl: "auto" ("fa4" where it is installed on sm_90 and sm_100, else Triton on CUDA; torch elsewhere),
+            "torch", "triton", "fa4" (the package flash-attn-4) or "flex" (torch's FlexAttention).
 
     Returns:
         out [T, Hq, D] in the dtype of q, or (out, lse [T, Hq] fp32); differentiable in q, k and v.
@@ -52,7 +52,7 @@ def tree_attention(
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     if plan is None:
-        plan = tree_plan(subtree_end, window=window, impl=impl)
+        plan = tree_plan(subtree_end, window=window, impl=impl, head_dim=q.shape[2], dtype=q.dtype)
     elif plan.num_tokens != k.shape[0] or plan.window != window:
         raise ValueError(
             f"plan is of {plan.num_tokens} tokens and window {plan.window}, the call has {k.shape[0]} tokens "

@@ -7,7 +7,7 @@ on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,10 +26,12 @@ from pact_fast.objective import (
 )
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.rollout import Rollout
+from pact_fast.train.forwards import in_part, plan_forwards, rounds_of
 from pact_fast.tree.families import attention_pairs
-from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
+from pact_fast.tree.packing import TreePack, pack_linear, pack_tree
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
+from pact_fast.tree.streaming import Part, Prefix
 
 T = TypeVar("T")
 
@@ -217,16 +219,21 @@ def trim(sample: Sample) -> Sample:
 class PackLoss:
     """Loss of one pack; `output` is of the live tokens of `samples`, one after another (None without any)."""
 
-    loss: Tensor
     samples: list[Sample]
-    output: PactLossOutput | None
     num_tokens: int
     num_pairs: int  # of a token and one it attends to, over all layers
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    output: PactLossOutput | None = None
     router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
 
     def policy_rows(self) -> Tensor:
         """bool [rows of output]: those of rollouts; the others are of traces."""
         return torch.cat([torch.full((len(s.live()),), s.is_policy) for s in self.samples])
+
+    @classmethod
+    def of(cls, policy: Policy, pack: TreePack, samples: list[Sample]) -> PackLoss:
+        """Not computed yet."""
+        return cls(samples, pack.num_tokens, attention_pairs(policy.family, pack.position_ids))
 
 
 def pack_losses(
@@ -237,6 +244,7 @@ def pack_losses(
     token_budget: int,
     packing: str = "tree",
     temperature: float = 1.0,
+    prefix: str = "auto",
     impl: str = "auto",
     sharded: Sharded | None = None,
 ) -> Iterator[PackLoss]:
@@ -248,34 +256,64 @@ def pack_losses(
         token_budget: packed tokens a forward may hold.
         packing: "tree" shares prefixes, "none" lays every sequence out alone.
         temperature: of the rollouts; traces are always scored at 1.
+        prefix: of a record whose tree is over the budget: "stream", "recompute" or "auto" (`plan_forwards`).
         sharded: with several ranks each takes its share of the packs, equally many: where they do not go
             round, a rank gets an empty one, whose loss and gradient are exactly zero.
     """
     tree = packing == "tree"
-    plan = plan_packs(
-        [s.ids for s in samples], token_budget, groups=[s.record_id for s in samples], share=tree
-    )
+    plan, streamed = plan_forwards(policy.family, samples, token_budget, share=tree, prefix=prefix)
+    rounds = rounds_of(streamed, sharded)
     if sharded is not None:
         plan = sharded.world.rounds("update", plan, [])
+    backwards = len(plan) + sum(len(split.parts) + 1 for _, split in rounds)
 
     def lay_out(indices: Sequence[int]) -> TreePack:
         ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
         return (pack_tree if tree else pack_linear)(ids)
 
-    balance = (
-        _Balance.of(policy, samples, plan, lay_out, sharded) if plan and policy.family.router_coef else None
-    )
+    def run(compute: Callable[[], Tensor], *, last: bool | None = None) -> Tensor:
+        """Where the head's weight is whole; `last`: whether the backward of what comes out is the last."""
+        if sharded is None:
+            return compute()
+        if last is not None:
+            sharded.sync_gradients(last)
+        return sharded.run(compute)
+
+    balance = None
+    if plan and policy.family.router_coef:
+        balance = _Balance.of(policy, samples, plan, lay_out, sharded)
+    loss = partial(_rows_loss, policy, objective, impl)
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
         pack = lay_out(indices)
-        pairs = attention_pairs(policy.family, pack.position_ids)
-        compute = partial(_pack_loss, policy, pack, chosen, objective, temperature, impl, balance, indices)
-        if sharded is None:
-            loss, output, router_loss = compute()
-        else:
-            sharded.sync_gradients(number == len(plan) - 1)
-            loss, output, router_loss = sharded.run(compute)
-        yield PackLoss(loss, chosen, output, pack.num_tokens, pairs, router_loss)
+        out = PackLoss.of(policy, pack, chosen)
+        compute = partial(_pack_loss, policy, pack, loss, out, temperature, balance, indices)
+        out.loss = run(compute, last=number == backwards - 1)
+        yield out
+    done = len(plan)
+    for indices, split in rounds:
+        chosen = [samples[i] for i in indices]
+        above: list[Prefix] = []
+
+        def trunk_hidden(trunk: TreePack = split.trunk, above: list[Prefix] = above) -> Tensor:
+            above.append(policy.prefix(trunk))
+            return above[0].hidden
+
+        run(trunk_hidden)
+        for part in split.parts:
+            done += 1
+            out = PackLoss.of(policy, part.pack, in_part(chosen, part.pack))
+            out.loss = run(
+                partial(_part_loss, policy, part, above[0], loss, out, temperature), last=done == backwards
+            )
+            yield out
+        done += 1
+        out = PackLoss.of(policy, split.trunk, in_part(chosen, split.trunk))
+        out.loss = run(
+            partial(_trunk_loss, policy, above[0], split.trunk, loss, out, temperature),
+            last=done == backwards,
+        )
+        yield out
 
 
 @dataclass
@@ -325,33 +363,62 @@ class _Balance:
 def _pack_loss(
     policy: Policy,
     pack: TreePack,
-    samples: Sequence[Sample],
-    objective: ObjectiveConfig,
+    loss: Callable[..., list[Tensor]],
+    out: PackLoss,
     temperature: float,
-    impl: str,
     balance: _Balance | None,
     indices: Sequence[int],
-) -> tuple[Tensor, PactLossOutput | None, Tensor | None]:
-    """Loss of one pack, the op's output where it has loss rows, and its part of the router's auxiliary loss
-    where `balance` is given; `indices`: of the samples. Only the loss carries a gradient."""
-    # Before the forward: a copy to the device waits for what is queued there.
-    rows = _loss_rows(pack, samples, temperature, policy.device)
-    router_loss = None
+) -> Tensor:
+    """Loss of one pack; its outputs and its part of the router's auxiliary loss, where `balance` is given, go
+    into `out`; `indices`: of the samples."""
+    rows = _loss_rows(pack, out.samples, temperature, policy.device)
     if balance is None:
-        hidden = policy.hidden(pack)
-    else:
-        hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
-        aux = balance_loss(load.probs, balance.counts, balance.routings)
-        router_loss = policy.family.router_coef * aux
-    output = _call_op(policy, hidden, rows, objective, impl) if rows else None
-    if output is not None:
-        losses = [output.loss]
-        output = output._replace(loss=output.loss.detach())
-    else:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
-        losses = [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
-    if router_loss is None:
-        return torch.stack(losses).sum(), output, None
-    return torch.stack([*losses, router_loss]).sum(), output, router_loss.detach()
+        return torch.stack(loss(rows, policy.hidden(pack), out)).sum()
+    hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
+    out.router_loss = policy.family.router_coef * balance_loss(load.probs, balance.counts, balance.routings)
+    return torch.stack([*loss(rows, hidden, out), out.router_loss]).sum()
+
+
+def _part_loss(
+    policy: Policy,
+    part: Part,
+    above: Prefix,
+    loss: Callable[..., list[Tensor]],
+    out: PackLoss,
+    temperature: float,
+) -> Tensor:
+    rows = _loss_rows(part.pack, out.samples, temperature, policy.device)
+    return torch.stack(loss(rows, policy.hidden_behind(part, above), out)).sum()
+
+
+def _trunk_loss(
+    policy: Policy,
+    above: Prefix,
+    trunk: TreePack,
+    loss: Callable[..., list[Tensor]],
+    out: PackLoss,
+    temperature: float,
+) -> Tensor:
+    total = torch.stack(
+        loss(_loss_rows(trunk, out.samples, temperature, policy.device), above.hidden, out)
+    ).sum()
+    return above.send_back(total)
+
+
+def _rows_loss(
+    policy: Policy,
+    objective: ObjectiveConfig,
+    impl: str,
+    rows: dict[str, Any],
+    hidden: Tensor,
+    out: PackLoss,
+) -> list[Tensor]:
+    """The loss of a pack's rows in a list of one; the op's output goes into `out`, without a gradient."""
+    if not rows:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
+        return [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
+    output = _call_op(policy, hidden, rows, objective, impl)
+    out.output = output._replace(loss=output.loss.detach())
+    return [output.loss]
 
 
 def _loss_rows(

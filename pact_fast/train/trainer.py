@@ -82,7 +82,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir) / config.run.name
         self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
         set_threads(config.run.threads, self.model)
-        self.policy = build_policy(self.model, config.model)
+        self.policy = build_policy(self.model, config.model, config.train.token_budget, self.world.size)
         self.chat = ChatFormat.for_tokenizer(
             self.tokenizer, config.model.chat_format, levels=config.objective.reasoning_levels
         )
@@ -261,6 +261,7 @@ class Trainer:
             config.objective,
             token_budget=config.train.token_budget,
             packing=config.train.packing,
+            prefix=config.train.prefix,
             temperature=config.rollout.temperature,
             sharded=self.sharded,
         ):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from bench import main, ops, rows
+from bench import tiles as bench_tiles
 from bench.registry import OPS, provider
 from pact_fast.commands import bench as bench_cli
+from pact_fast.kernels.tree_attention import tiles
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ("--shapes", "main", "--seconds", "0.01", "--rounds", "2")
@@ -199,3 +201,31 @@ def test_no_kernel_spills_registers():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 problems" in done.stdout
+
+
+def test_the_default_tiles_are_the_first_candidates():
+    """What `bench tiles` prints beside the default is compared with what is really run."""
+    for head_dim, candidates in tiles.CANDIDATES.items():
+        chosen = tiles.choose_tiles(head_dim, torch.bfloat16, (9, 0))
+        for name, default in chosen._asdict().items():
+            if head_dim == 96:  # runs with the tiles of 128 until its own are measured
+                continue
+            assert getattr(candidates, name)[0] == default, (head_dim, name)
+            assert len(set(getattr(candidates, name))) == len(getattr(candidates, name)) >= 4
+
+
+def test_tiles_are_timed_after_they_gave_the_defaults_result(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    few = tiles._tiles("16x16 w1 s1", "16x32 w1 s1", "32x16 w1 s1")
+    monkeypatch.setattr(bench_tiles, "CANDIDATES", {16: tiles.Candidates(few, few, few)})
+    out = rows.Rows(tmp_path / "tiles.csv", "cpu", echo=False)
+    good = bench_tiles.Work.run
+
+    def wrong(self, what, chosen):
+        return [x * (1.1 if chosen.fwd == few[1] else 1) for x in good(self, what, chosen)]
+
+    monkeypatch.setattr(bench_tiles.Work, "run", wrong)
+    bench_tiles.time_kernel(out, 16, "fwd", 0.0, 1, None)
+    assert [row["impl"] for row in out.rows] != []
+    assert {row["impl"] for row in out.rows} == {"16x16 w1 s1", "32x16 w1 s1"}
+    assert "16x32 w1 s1: not here: RuntimeError: gate" in capsys.readouterr().out

@@ -31,6 +31,9 @@ LORA = {
 }
 
 HALF = {"distributed__compute_dtype": "bfloat16", "distributed__cpu_offload": True, "train__max_steps": 2}
+# No record's tree fits into one forward: trunk and parts of two ranks go side by side.
+STREAM = {"train__token_budget": 300, "train__prefix": "stream"}
+STREAM["model__gradient_checkpointing"] = "keep_attention"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,9 @@ def jobs(tmp_path_factory):
         job("lora one", 1, changes=LORA),
         job("lora two, rank 0 killed", 2, run="lora-two", die=[0, 2], timeout=60, changes=LORA | STEPS),
         job("lora two finish", 2, run="lora-two", changes=LORA | resume),
+        job("streamed two", 2, changes=STREAM),
+        job("recomputed two", 2, changes=STREAM | {"train__prefix": "recompute"}),
+        job("streamed lora two", 2, changes=LORA | STREAM),
         job("bf16, offloaded", 2, changes=HALF),
         job("experts one", 1, changes=experts | {"train__token_budget": 100_000}),
         job("experts two", 2, changes=experts),
@@ -91,6 +97,20 @@ def test_ranks_train_to_the_weights_of_one_process(jobs, other):
             # Packs cut elsewhere repeat other prefixes: tokens are counted as packed.
             if isinstance(value, float) and name != "num_tokens":
                 assert theirs[name] == pytest.approx(value, abs=2e-5), name
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize(("one", "two"), [("one", "streamed two"), ("lora one", "streamed lora two")])
+def test_two_ranks_that_stream_their_trees_train_to_the_weights_of_one_process(jobs, one, two):
+    assert set(jobs[two][0]) == {0}
+    assert difference(jobs, one, two, adapters if "lora" in one else weights) < 1e-5
+
+
+def test_streaming_computes_fewer_tokens_than_recomputing(jobs):
+    streamed, recomputed = (
+        curve(jobs[name][1])[0]["num_tokens"] for name in ("streamed two", "recomputed two")
+    )
+    assert streamed < 0.8 * recomputed
 
 
 def test_the_routers_loss_does_not_depend_on_ranks_or_packs(jobs):
