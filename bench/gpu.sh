@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one command and without a network: `make gpu`, or one part: bash bench/gpu.sh PART...
 #   setup    environment on the machine's own torch and triton, native part built if a C++ compiler is there
+#   rollout  rollouts first of all: their tests, then tokens/s and the share of the memory floor at the main shapes
 #   tests    the GPU tests and the kernel tests, compiled instead of interpreted
 #   bench    the ops beside their peers at the main shape: CSV rows and a plot in bench/results/
 #   tree     attention, training step and scoring pass of token trees (all lengths: python -m bench tree)
@@ -63,6 +64,20 @@ part_tests() {
         tests/ops/test_head_kernels.py tests/tree/test_tree_kernels.py tests/ops/test_decode_kernels.py
 }
 
+# DESIGN's targets: 14,000 tokens/s at 64 rows and 20,000 at 256 (prompt 3,000 shared by 8, 512 new), 60,000 of the
+# 135M shape. A bench without its test beside it would claim a speed of wrong tokens.
+part_rollout() {
+    local rounds=${ROLLOUT_ROUNDS:-2} status=0
+    within "${ROLLOUT_TESTS_LIMIT:-90}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" tests/train/test_engine_kernels.py || return 1
+    if [ -n "${DRY_RUN:-}" ]; then
+        within 120 "$PY" -m bench rollout --provider pact_fast --rows 8 --new 8 --rounds 1 --out "$OUT"
+        return
+    fi
+    within "${ROLLOUT_LIMIT:-120}" "$PY" -m bench rollout --model qwen3-1.7b --provider pact_fast --rows 64,256 --prompt 3000 --new 512 --rounds "$rounds" --out "$OUT" || status=$?
+    within "${ROLLOUT_LIMIT:-60}" "$PY" -m bench rollout --model smollm2-135m --provider pact_fast --rows 256 --prompt 500 --new 512 --rounds "$rounds" --out "$OUT" || status=$?
+    return $status
+}
+
 # The loss comes last: a peer of it goes through torch.compile, whose time is not ours to bound.
 part_bench() {
     within "${BENCH_LIMIT:-120}" "$PY" -m bench ops "${HEAD_OPS[@]}" --shapes main --seconds "$SECONDS_PER_CASE" --out "$OUT"
@@ -97,10 +112,10 @@ part_summary() {
 }
 
 status=0
-for part in "${@:-setup tests bench tree trainer others summary}"; do
+for part in "${@:-setup rollout tests bench tree trainer others summary}"; do
     for name in $part; do
         echo "== $name"
-        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, tree, trainer, others, summary"
+        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, rollout, tests, bench, tree, trainer, others, summary"
         [ "$name" = setup ] || [ -x "$PY" ] || fail "there is no $PY: run 'bash bench/gpu.sh setup' first"
         if ! "part_$name"; then
             status=1

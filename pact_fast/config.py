@@ -18,7 +18,17 @@ from typing import Any, Literal, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pact_fast.keys import count, described, key, out_of_bounds
+from pact_fast.keys import (
+    ALIASES,
+    DROPPED_KEYS,
+    NOT_THE_SAME,
+    RENAMED_KEYS,
+    RENAMED_VALUES,
+    count,
+    described,
+    key,
+    out_of_bounds,
+)
 from pact_fast.objective import ADVANTAGE_MODES, NORMALIZATIONS, PRESETS, ObjectiveConfig
 
 BUNDLED = Path(__file__).parent / "configs"  # a link to configs/, which the wheel holds as files
@@ -61,7 +71,7 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Rollouts, always prompt-only"""
+    """Rollouts, always prompt-only, each drawn from a seed of its own"""
 
     num_generations: int = count(8, "rollouts per prompt and step (G)")
     temperature: float = key(1.0, "of sampling; greedy rollouts have no spread", above=0)
@@ -72,10 +82,13 @@ class RolloutConfig:
         1024, "tokens of a prompt; with the trace in it where the trace is context"
     )
     batch_size: int = count(256, "rollouts sampled at once")
-    per_sequence_seed: bool = key(False, "draw each rollout from a seed of its own, as several ranks do")
-    engine: Literal["hf", "hf-batching", "http"] = key(
-        "hf", "what samples: this process, or servers over http"
+    engine: Literal["in_process", "http"] = key(
+        "in_process", "what samples: this process, or servers over http"
     )
+    kv_memory: float = key(
+        0.3, "share of free memory for keys and values (in process); 4 GiB at most on a CPU", above=0, high=1
+    )
+    cuda_graphs: bool = key(True, "capture decoding steps (in process, on a GPU)")
     servers: list[str] = key([], "of engine http: [http://HOST:PORT, ...]")
     weights_dir: str | None = key(None, "shared folder that new weights go through; none: in the run folder")
     max_in_flight: int = count(64, "requests under way at once, per rank (http)")
@@ -191,39 +204,6 @@ class Config:
         return dataclasses.asdict(self)
 
 
-RENAMED_KEYS = {  # old key: what it is called now
-    "objective.reasoning_segments": "objective.reasoning_levels",
-    "objective.engine_correction_cap": "objective.importance_ratio_cap",
-    "rollout.row_seeds": "rollout.per_sequence_seed",
-    "env.train_file": "env.settings.train_path",
-    "env.validation_file": "env.settings.validation_path",
-    "env.test_file": "env.settings.test_path",
-}
-
-
-# Names of TRL and transformers for the same thing; a key's own last part is taken without its section, too.
-ALIASES = {
-    "run_name": "run.name",
-    "output_dir": "run.dir",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep_last",
-    "eval_steps": "eval.every",
-    "model_name_or_path": "model.path",
-    "lora_r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.targets",
-    "loss_type": "objective.normalization",
-}
-NOT_THE_SAME = {  # names that mean something else elsewhere: what to give instead
-    "per_device_train_batch_size": "train.prompts_per_step (prompts, of all devices) and train.token_budget",
-    "gradient_accumulation_steps": "train.token_budget: packs of a step add up by themselves",
-    "num_train_epochs": "train.max_steps",
-    "steps_per_generation": "train.num_mini_batches",
-    "bf16": "model.dtype=bfloat16",
-}
-
-
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the way out."""
 
@@ -331,6 +311,11 @@ def _own_names(values: dict[str, Any], source: str) -> dict[str, Any]:
     return out
 
 
+def _check_value(source: str, name: str, value: Any) -> None:
+    if new := RENAMED_VALUES.get((name, str(value).lower())):
+        raise ConfigError(f"{source}: {name}={value!r} was renamed to {new!r}")
+
+
 def _own_words(words: Sequence[str]) -> list[str]:
     """Overrides with our own names, every list in brackets. ConfigError for an unknown name."""
     lists = {name for name, kind in _kinds().items() if kind.startswith("list")}
@@ -345,8 +330,10 @@ def _own_words(words: Sequence[str]) -> list[str]:
                 raise _unknown("command line", given, known)
             if name != given:
                 print(f"command line: --{given} is taken as --{name}")
+            _check_value("command line", name, value)
             out.append(f"--{name}={_listed(value) if name in lists else value}" if equals else f"--{name}")
         else:
+            _check_value("command line", name, word)
             out.append(_listed(word) if name in lists else word)
     return out
 
@@ -387,6 +374,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _unknown(source: str, name: str, known: Sequence[str]) -> ConfigError:
     if name in RENAMED_KEYS:
         return ConfigError(f"{source}: {name!r} was renamed to {RENAMED_KEYS[name]!r}")
+    if name in DROPPED_KEYS:
+        return ConfigError(f"{source}: {name!r} is no key any more: {DROPPED_KEYS[name]}")
     if name in NOT_THE_SAME:
         return ConfigError(f"{source}: {name!r} is no key here; give {NOT_THE_SAME[name]}")
     hint = _nearest(name, known) or "; `pact-fast train --help` lists all"
@@ -403,8 +392,7 @@ def _check_keys(values: dict[str, Any], source: str) -> None:
             for leaf in value:
                 if f"{name}.{leaf}" not in known:
                     raise _unknown(source, f"{name}.{leaf}", known)
-                if leaf == "gradient_checkpointing" and isinstance(old := value[leaf], bool):
-                    raise ConfigError(f"{source}: {name}.{leaf}={old} is now {'full' if old else 'none'}")
+                _check_value(source, f"{name}.{leaf}", value[leaf])
         elif name not in known:
             raise _unknown(source, str(name), [*known, *sections])
 

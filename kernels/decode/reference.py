@@ -409,16 +409,28 @@ def sampling_floor(
     return torch.where(temperature > 0, floor[:, 0], -math.inf)
 
 
+def log_exponential(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """log E [N, V], which a draw subtracts from its logits."""
+    return exponential(uniform_bits(seed, position, vocab)).log_()
+
+
 def sample(
-    logits: Tensor, temperature: Tensor, floor: Tensor | None, seed: Tensor, position: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    floor: Tensor | None,
+    seed: Tensor,
+    position: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(token [N] int64, logprob [N], finite [N] bool); `floor` [N] or None as of `sampling_floor`."""
+    """(token [N] int64, logprob [N], finite [N] bool); `floor` [N] or None as of `sampling_floor`; `noise` is
+    `log_exponential` of seed and position, where it was made ahead."""
     hot = temperature > 0
     l = logits.float() * torch.where(hot, 1.0 / temperature, 1.0)[:, None]
     score = l
     if logits.device.type != "cpu" or bool(hot.any()):
-        noise = exponential(uniform_bits(seed, position, logits.shape[1])).log_()
-        score = l - noise.mul_(hot[:, None])
+        if noise is None:
+            noise = log_exponential(seed, position, logits.shape[1])
+        score = l - noise * hot[:, None]
     if floor is not None:
         score = score.masked_fill(logits.float() < floor[:, None], -math.inf)
     token = score.argmax(-1)  # the first of equals

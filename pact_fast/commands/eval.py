@@ -22,7 +22,7 @@ from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
-from pact_fast.rollout import HFEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.rollout import InProcessEngine, Rollout, RolloutLimits, collect_rollouts
 from pact_fast.train.build import device_of, load_pretrained, set_threads
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length, context)
     roll = partial(
         collect_rollouts,
-        HFEngine(model.to(device).eval()),
+        InProcessEngine(model, device=device, kv_memory=0.5),
         env,
         chat,
         temperature=args.temperature,

@@ -41,7 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-waiting", type=int, default=4096, help="sequences in line; more get 503")
     parser.add_argument("--max-model-len", type=int, help="prompt and completion; default: the model's own")
     parser.add_argument(
-        "--cache-tokens", type=int, default=65536, help="tokens kept for prompts that begin alike"
+        "--kv-memory",
+        type=float,
+        default=0.5,
+        help="share of the free device memory for keys and values (on a CPU of all memory, 4 GiB at most)",
+    )
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch decoding steps kernel by kernel"
     )
     parser.add_argument("--threads", type=int, help="CPU threads")
     return parser
@@ -53,14 +59,16 @@ def build_server(args: argparse.Namespace) -> Server:
     device = device_of(args.device)
     model, tokenizer = load_pretrained(args.model, args.dtype)
     service = Service(
-        model.to(device),
+        model,
         args.name or args.model,
         tokenizer,
         max_model_len=args.max_model_len,
         model_root=args.model_root,
         max_rows=args.max_rows,
         max_waiting=args.max_waiting,
-        cache_tokens=args.cache_tokens,
+        kv_memory=args.kv_memory,
+        cuda_graphs=not args.no_cuda_graphs,
+        device=device,
     )
     return Server(service, (args.host, args.port), args.token or os.environ.get(TOKEN))
 
@@ -77,5 +85,5 @@ def main(argv: Sequence[str]) -> int:
     print(f"serving {server.service.name} on http://{host!s}:{port}", flush=True)
     server.serve_forever(poll_interval=0.1)
     server.server_close()
-    print(f"stopped after {server.service.batcher.served} completions", flush=True)
+    print(f"stopped after {server.service.engine.served} completions", flush=True)
     return 0

@@ -29,7 +29,6 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     sharded: Sharded | None = None,
-    per_sequence_seed: bool = False,
 ) -> tuple[dict[str, Any], list[Rollout]]:
     """Scores every record `samples` times; with `sharded`, a share of the records on each rank.
 
@@ -48,7 +47,6 @@ def evaluate(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
-        per_sequence_seed=per_sequence_seed,
     )
     outcomes = [r.outcome for r in rollouts if r.outcome is not None]
 

@@ -2,7 +2,7 @@
 
 from pact_fast.rollout.build import build_engine
 from pact_fast.rollout.engine import Engine, Generation, RolloutError
-from pact_fast.rollout.in_process.hf import HFEngine
+from pact_fast.rollout.in_process.engine import InProcessEngine
 from pact_fast.rollout.loop import Rollout, RolloutLimits, collect_rollouts
 from pact_fast.rollout.overlap import Overlap
 from pact_fast.rollout.spread import sample_share, spread_rollouts
@@ -10,7 +10,7 @@ from pact_fast.rollout.spread import sample_share, spread_rollouts
 __all__ = [
     "Engine",
     "Generation",
-    "HFEngine",
+    "InProcessEngine",
     "Overlap",
     "Rollout",
     "RolloutError",

@@ -11,8 +11,7 @@ from pact_fast.distributed import Sharded
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.http.engine import HTTPEngine
 from pact_fast.rollout.http.publish import Publisher
-from pact_fast.rollout.in_process.batching import BatchingEngine
-from pact_fast.rollout.in_process.hf import HFEngine
+from pact_fast.rollout.in_process.engine import InProcessEngine
 
 TOKEN = "PACT_FAST_TOKEN"  # environment variable: config.json of a run is no place for a secret
 
@@ -26,15 +25,14 @@ def build_engine(config: RolloutConfig, model: Any, sharded: Sharded, run_dir: P
         raise ConfigError(
             f"rollout.servers={config.servers} needs rollout.engine=http, not {config.engine!r}"
         )
-    if config.engine == "hf":
-        return HFEngine(model)
-    if config.engine == "hf-batching":
-        if config.per_sequence_seed or sharded.world.size > 1:
-            raise ConfigError(
-                "rollout.engine=hf-batching cannot draw each rollout from a seed of its own, which "
-                "rollout.per_sequence_seed and several ranks need: choose hf or http"
-            )
-        return BatchingEngine(model)
+    if config.engine == "in_process":
+        return InProcessEngine(
+            model,
+            dtype=sharded.compute_dtype,
+            kv_memory=config.kv_memory,
+            cuda_graphs=config.cuda_graphs,
+            max_rows=config.batch_size,
+        )
     folder = Path(config.weights_dir) if config.weights_dir else run_dir / "weights"
     return HTTPEngine(
         config.servers,

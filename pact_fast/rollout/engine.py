@@ -39,15 +39,12 @@ class Engine(Protocol):
             max_new_tokens: limit of each row, at least 1.
             temperature: 0 is greedy; log-probs are then those at temperature 1.
             stop_token_ids: any of them ends a row.
-            seed: makes the draw repeatable for the same rows in the same order; one seed per row makes the
-                draw of each row its own, whichever rows stand beside it.
+            seed: one per row: with a token's position it decides the draw, whichever rows stand beside it. A
+                single one is spread over the rows by their index (`row_seeds`).
             sessions: a key per row; a prompt that extends what was seen under its key may reuse cached keys
                 and values.
         """
         ...
-
-    per_sequence_seed: bool  # whether every row must be drawn from a seed of its own
-    in_process: bool  # whether it samples with this process's model, whose weights must then be whole
 
     def reset(self) -> None:
         """Forgets every session."""
@@ -60,6 +57,11 @@ class Engine(Protocol):
     def prepare(self) -> None:
         """Must be called before a batch of rollouts, by every rank at once: hands over changed weights."""
         ...
+
+
+def row_seeds(seed: int, rows: int) -> list[int]:
+    """A seed a row from one of a batch."""
+    return [(seed * 1_000_003 + i) % 2**63 for i in range(rows)]
 
 
 class RolloutError(RuntimeError):

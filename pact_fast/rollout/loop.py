@@ -93,7 +93,7 @@ def collect_rollouts(
         limits: turn and token limits; an episode that meets one is ended with that failure kind.
         temperature: of the sampling; 0 is greedy.
         keys: a number a record that, with `seed`, decides the draws of its rollouts alone: a part of the
-            records rolled out elsewhere gives the same rollouts. None: draws of a batch hang together.
+            records rolled out elsewhere gives the same rollouts. None: its index.
         seed: makes the draw repeatable.
         batch_size: rows in flight at once.
 
@@ -103,13 +103,11 @@ def collect_rollouts(
     if prompts is None:
         prompts = [chat.prompt(r.prompt, r.tools) for r in records]
     rollouts = [Rollout(r, p) for r, p in zip(records, prompts, strict=True) for _ in range(num_generations)]
-    rows = None if keys is None else [k * num_generations + g for k in keys for g in range(num_generations)]
-    for number, start in enumerate(range(0, len(rollouts), batch_size)):
+    keys = range(len(records)) if keys is None else keys
+    seeds = [seed * 1_000_003 + k * num_generations + g for k in keys for g in range(num_generations)]
+    for start in range(0, len(rollouts), batch_size):
         wave = slice(start, start + batch_size)
-        seeds: int | list[int] = seed + 7919 * number
-        if rows is not None:
-            seeds = [seed * 1_000_003 + row for row in rows[wave]]
-        _run_wave(engine, env, chat, rollouts[wave], limits, temperature, seeds)
+        _run_wave(engine, env, chat, rollouts[wave], limits, temperature, seeds[wave])
     return rollouts
 
 
@@ -120,7 +118,7 @@ def _run_wave(
     rollouts: list[Rollout],
     limits: RolloutLimits,
     temperature: float,
-    seeds: int | Sequence[int],
+    seeds: Sequence[int],
 ) -> None:
     episodes = env.start([r.record for r in rollouts])
     engine.reset()
@@ -133,9 +131,7 @@ def _run_wave(
             max_new_tokens=[_room(rollouts[i], limits) for i in active],
             temperature=temperature,
             stop_token_ids=chat.stop_token_ids,
-            seed=_of_turn(seeds, turn)
-            if isinstance(seeds, int)
-            else [_of_turn(seeds[i], turn) for i in active],
+            seed=[_of_turn(seeds[i], turn) for i in active],
             sessions=active,
         )
         finished = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from pact_fast.data.chat import ChatFormat, Tokens
@@ -31,8 +30,7 @@ def spread_rollouts(
     engine.prepare()
 
     def share() -> list[Rollout]:
-        with sharded.summon_full_params() if engine.in_process else nullcontext():
-            return sample_share(sharded.world, engine, env, chat, records, **options)
+        return sample_share(sharded.world, engine, env, chat, records, **options)
 
     return join_shares(sharded.world, share, options["num_generations"])
 
@@ -45,21 +43,16 @@ def sample_share(
     records: Sequence[Record],
     *,
     prompts: Sequence[Tokens],
-    per_sequence_seed: bool = False,
     **options: Any,
 ) -> list[Rollout]:
-    """`collect_rollouts` of this rank's share of the records; exchanges nothing with other ranks.
-
-    per_sequence_seed: draw in one process as several ranks do, each rollout from a seed of its own.
-    """
-    keyed = world.distributed or per_sequence_seed or engine.per_sequence_seed
+    """`collect_rollouts` of this rank's share of the records; exchanges nothing with other ranks."""
     return collect_rollouts(
         engine,
         env,
         chat,
         world.shard(records),
         prompts=world.shard(prompts),
-        keys=world.shard(range(len(records))) if keyed else None,
+        keys=world.shard(range(len(records))),
         **options,
     )
 

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pact_fast.serve.batcher import Job
+from pact_fast.serve.thread import Job
 
 # Of vLLM's fields: those that do nothing here may be sent with the value that does nothing there.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -31,8 +31,9 @@ from urllib.parse import parse_qs
 
 from transformers import PreTrainedModel
 
-from pact_fast.serve.batcher import Batcher, Job, ServerBusy
+from pact_fast.rollout.in_process.engine import InProcessEngine
 from pact_fast.serve.protocol import BadRequest, answer_of, jobs_of, shown
+from pact_fast.serve.thread import EngineThread, Job, ServerBusy
 from pact_fast.serve.weights import WeightsRefused, reload_weights
 
 MAX_BODY = 64 * 2**20  # bytes
@@ -49,7 +50,8 @@ class Service:
         model: the model and its name for clients; tokenizer: for the readable text of an answer, or None.
         max_model_len: prompt and completion together.
         model_root: folder that new weights must lie in; None refuses new weights.
-        options: of the `Batcher`.
+        max_waiting: rows in line before more are refused.
+        options: of the `InProcessEngine`.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class Service:
         *,
         max_model_len: int | None = None,
         model_root: Path | None = None,
+        max_waiting: int = 4096,
         **options: Any,
     ) -> None:
-        self.batcher = Batcher(model, **options)
+        engine = InProcessEngine(model, context_length=max_model_len, **options)
+        self.engine = EngineThread(engine, max_waiting=max_waiting)
         self.name, self.tokenizer, self.model_root = name, tokenizer, model_root
-        self.max_model_len = max_model_len or model.config.max_position_embeddings
+        self.max_model_len = engine.weights.context_length
         embeddings: Any = model.get_input_embeddings()
         self.vocabulary = int(embeddings.weight.shape[0])
         eos = model.generation_config.eos_token_id if model.generation_config else None
@@ -73,7 +77,7 @@ class Service:
         self.routes: dict[tuple[str, str], Callable[[dict[str, Any], dict[str, str]], Any]] = {
             ("GET", "/health"): lambda body, query: {},
             ("GET", "/v1/models"): self._models,
-            ("GET", "/weight_info"): lambda body, query: {"weight_version": self.batcher.version},
+            ("GET", "/weight_info"): lambda body, query: {"weight_version": self.engine.version},
             ("POST", "/pause"): self._pause,
             ("POST", "/resume"): self._resume,
             ("POST", "/collective_rpc"): self._rpc,
@@ -89,13 +93,13 @@ class Service:
             vocabulary=self.vocabulary,
             max_model_len=self.max_model_len,
             eos=self.eos,
-            max_rows=self.batcher.max_waiting,
+            max_rows=self.engine.max_waiting,
         )
-        self.batcher.submit(jobs)
+        self.engine.submit(jobs)
         for job in jobs:
             while not job.done.wait(LOOK):
                 if gone():
-                    self.batcher.cancel(jobs)
+                    self.engine.cancel(jobs)
         if broken := next((job for job in jobs if job.finish_reason == "error"), None):
             raise RuntimeError(broken.error)
         return answer_of(
@@ -119,11 +123,11 @@ class Service:
             raise BadRequest(
                 f"mode={mode!r}, clear_cache={clear!r}: mode is one of {MODES}, clear_cache true or false"
             )
-        self.batcher.pause(keep=mode == "keep", clear_cache=clear == "true")
+        self.engine.pause(keep=mode == "keep", clear_cache=clear == "true")
         return {"status": "paused"}
 
     def _resume(self, body: dict[str, Any], query: dict[str, str]) -> dict[str, Any]:
-        self.batcher.resume()
+        self.engine.resume()
         return {"status": "resumed"}
 
     def _rpc(self, body: dict[str, Any], query: dict[str, str]) -> dict[str, Any]:
@@ -135,19 +139,19 @@ class Service:
             raise BadRequest(f"kwargs={shown(arguments)}: send {{'weights_path': FOLDER}} and nothing else")
         if not is_path(path):
             raise BadRequest(f"weights_path={shown(path)}: is no path of a file system")
-        with self.batcher.weights() as model:
+        with self.engine.weights() as model:
             reload_weights(model, path, self.model_root)
         return {"results": [None]}
 
     def _reset_prefix_cache(self, body: dict[str, Any], query: dict[str, str]) -> dict[str, Any]:
-        self.batcher.reset_prefix_cache()
+        self.engine.reset_prefix_cache()
         return {"success": True}
 
     def _update_version(self, body: dict[str, Any], query: dict[str, str]) -> dict[str, Any]:
         version = body.get("new_version")
         if not isinstance(version, str) or not version:
             raise BadRequest(f"new_version={shown(version)}: send a name, a string")
-        self.batcher.version = version
+        self.engine.version = version
         return {"success": True, "new_version": version}
 
 
@@ -318,7 +322,7 @@ class Server(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        self.service.batcher.close()
+        self.service.engine.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away; `_serve` answers everything else

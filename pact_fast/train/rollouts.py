@@ -58,7 +58,6 @@ class StepSampler:
             "temperature": config.temperature,
             "seed": self.config.run.seed * 1_000_003 + step,
             "batch_size": config.batch_size,
-            "per_sequence_seed": config.per_sequence_seed,
         }
 
 

@@ -93,7 +93,10 @@ class Trainer:
         self.splits = {split: load_split(config, self.env, self.builder, split) for split in splits}
         self.records = self.splits["train"]
         self.limits = RolloutLimits(
-            config.rollout.max_turns, config.rollout.max_completion_length, config.rollout.max_turn_length
+            config.rollout.max_turns,
+            config.rollout.max_completion_length,
+            config.rollout.max_turn_length,
+            getattr(self.model.config, "max_position_embeddings", None),
         )
         self.reference = build_reference(self.policy, config)
         self.sharded = self.reference_sharded = build_sharded(self.model, self.world, config.distributed)
@@ -423,6 +426,7 @@ class Trainer:
         if path is None:
             return 0, None
         record = self.checkpoints.load(path, self.model, self.optimizer)
+        self.engine.weights_changed()
         vars(self).update(record["state"]["counters"])
         self.saved = record["step"]
         self.overlap.restore(record["step"], record["state"].get("ahead"))
@@ -459,7 +463,6 @@ class Trainer:
                 seed=self.config.run.seed,
                 batch_size=self.config.rollout.batch_size,
                 sharded=self.sharded,
-                per_sequence_seed=self.config.rollout.per_sequence_seed,
             )
 
     def final_scores(self) -> tuple[dict[str, dict[str, Any]], Rollout]:

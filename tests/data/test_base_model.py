@@ -22,7 +22,7 @@ from pact_fast.envs.toolbox.base_model.recipe import (
     make_base,
     model_config,
 )
-from pact_fast.rollout import HFEngine, RolloutLimits, collect_rollouts
+from pact_fast.rollout import InProcessEngine, RolloutLimits, collect_rollouts
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_base_can_do_the_parts_and_stops_after_the_first_step(chat, model):
     limits = RolloutLimits(max_turns=6, max_completion_length=384, max_turn_length=64)
     with closing(make_env("toolbox", {})) as env:
         rollouts = collect_rollouts(
-            HFEngine(model),
+            InProcessEngine(model),
             env,
             chat,
             records,

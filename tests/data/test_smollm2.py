@@ -18,7 +18,7 @@ from pact_fast.cli import main
 from pact_fast.config import load_config
 from pact_fast.data.chat import ChatFormat
 from pact_fast.envs.base import make_env
-from pact_fast.rollout.in_process.hf import HFEngine
+from pact_fast.rollout import InProcessEngine
 from pact_fast.rollout.loop import RolloutLimits, collect_rollouts
 from pact_fast.train.trainer import Trainer
 from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
@@ -69,7 +69,9 @@ def test_a_prompt_past_the_context_counts_as_length_limit(chat, model):
     env = make_env("bfcl", {"categories": ["base"]})
     record = env.records("test")[0]
     limits = RolloutLimits(context_length=len(chat.prompt(record.prompt, record.tools)))
-    (rollout,) = collect_rollouts(HFEngine(model), env, chat, [record], num_generations=1, limits=limits)
+    (rollout,) = collect_rollouts(
+        InProcessEngine(model), env, chat, [record], num_generations=1, limits=limits
+    )
     env.close()
     assert (rollout.num_sampled, rollout.outcome.failure) == (0, "length_limit")
 

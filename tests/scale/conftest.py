@@ -34,7 +34,7 @@ def server(weights_root):
 @pytest.fixture
 def url(server):
     """The server, as a test should find it."""
-    server.service.batcher.resume()
+    server.service.engine.resume()
     return url_of(server)
 
 

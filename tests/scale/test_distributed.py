@@ -20,7 +20,6 @@ HERE = Path(__file__).parent
 # Small packs: several an update, and on two ranks an odd number now and then.
 TOTAL = int(os.environ.get("PACT_SCALE_STEPS", "6"))  # the figures of docs/scaling.md are of 20
 SHORT = {"train__max_steps": TOTAL, "train__token_budget": 900, "eval__every": 0, "eval__validation_tasks": 1}
-SHORT["rollout__per_sequence_seed"] = True  # one process draws as several do
 SHORT["objective__beta"] = 0.05  # a reference model, sharded as the policy is
 STEPS = {"checkpoint__every": 1, "checkpoint__keep_last": 20}
 LORA = {

@@ -50,7 +50,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(root):
-    server = ServerProcess(tiny_model(), root, max_rows=1, cache_tokens=0)
+    server = ServerProcess(tiny_model(), root, max_rows=1)
     yield server
     server.close()
 
@@ -303,7 +303,7 @@ def test_without_the_weights_that_began_the_rollouts_a_resume_says_so(root, serv
 
 def test_without_any_server_the_run_stops_saved_and_goes_on_bit_for_bit(root, undisturbed):
     run_dir = root / "no-server"
-    victim = ServerProcess(tiny_model(), root, max_rows=1, cache_tokens=0)
+    victim = ServerProcess(tiny_model(), root, max_rows=1)
     trainer = make(run_dir, victim.url, rollout__retry_timeout=0.5)
     update = trainer.update
 
@@ -330,7 +330,7 @@ def test_kill_9_of_a_server_at_random_moments_loses_nothing(root, server, undist
     run(make(root / "counted", proxy.url))
     whole = proxy.calls.count("/v1/completions")
     proxy.close()
-    victim = ServerProcess(tiny_model(), root, max_rows=1, cache_tokens=0)
+    victim = ServerProcess(tiny_model(), root, max_rows=1)
     for attempt in range(REPEATS):
         proxy, after = Misbehaving(victim.url, None, share=0.0), rng.randrange(1, whole)
         killer = restart_after(victim, proxy, after)
@@ -349,7 +349,7 @@ def test_kill_9_of_a_server_at_random_moments_loses_nothing(root, server, undist
 
 def test_what_cannot_be_is_refused_with_the_way_out(tmp_path):
     ahead = {"rollout__overlap": True, "objective__importance_ratio_cap": 2.0}
-    with pytest.raises(ConfigError, match=r"rollout.overlap=true needs rollout.engine=http, not 'hf'"):
+    with pytest.raises(ConfigError, match=r"overlap=true needs rollout.engine=http, not 'in_process'"):
         Trainer(config(tmp_path / "run", **ahead))
     words = ["--rollout.overlap", "true", "--rollout.engine", "http", "--rollout.servers", "[http://x:1]"]
     with pytest.raises(ConfigError, match=r"importance_ratio_cap=None .*ratio_denominator=rollout"):

@@ -10,29 +10,29 @@ from safetensors.torch import save_file
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.rollout import RolloutError
 from pact_fast.rollout.http.publish import write_weights
-from pact_fast.serve.batcher import Batcher, Job
-from pact_fast.serve.cache import PrefixStore
+from pact_fast.rollout.in_process.engine import InProcessEngine
+from pact_fast.serve.thread import EngineThread, Job
 from tests.helpers.servers import ServerProcess, ask, call, draw, gap, prompts_of, served, url_of, wait_for
 
 
 def test_turns_reuse_the_prefix_and_change_nothing(model):
-    batcher = Batcher(model, cache_tokens=4096)
-    fed = []
-    real = batcher._slots.feed
-    batcher._slots.feed = lambda first, chunks: (fed.append([len(c) for c in chunks]), real(first, chunks))[1]
+    engine = EngineThread(InProcessEngine(model))
+    scheduler = engine.engine.scheduler
     (prompt,) = prompts_of(1, low=100, high=101)
-    turns = [prompt, None, None]
     for turn in range(3):
-        fed.clear()
-        job = Job(list(turns[turn]), 6, 1.0, turn, frozenset())
-        batcher.submit([job])
+        before = scheduler.prefilled
+        job = Job(list(prompt), 6, 1.0, turn, frozenset())
+        engine.submit([job])
         assert job.done.wait(60)
-        assert fed[0] == [100 if turn == 0 else 4]  # the last sampled token and three new ones
+        # Whole pages of 16 are found: at most a page and what is new is computed.
+        assert scheduler.prefilled - before == len(prompt) - (
+            0 if turn == 0 else (len(prompt) - 4) // 16 * 16
+        )
         row = [type("G", (), {"token_ids": job.token_ids, "logprobs": job.logprobs})]
         assert gap(model, [job.prompt], row) < 1e-4
-        if turn < 2:
-            turns[turn + 1] = [*job.prompt, *job.token_ids, 9, 8, 7]
-    batcher.close()
+        prompt = [*job.prompt, *job.token_ids, 9, 8, 7]
+    engine.close()
+    assert scheduler.table.held == 0
 
 
 @pytest.mark.parametrize("temperature", [0.7, 0.0])
@@ -46,28 +46,15 @@ def test_temperature_and_greedy_have_the_models_logprobs(url, engine_on, model, 
 
 
 def test_equal_prompts_long_prompts_and_short_ones_share_a_batch(model):
-    batcher = Batcher(model, max_rows=9)
+    engine = EngineThread(InProcessEngine(model, max_rows=9))
     prompts = prompts_of(6, low=1, high=12) + [prompts_of(1, seed=9, low=900, high=901)[0]] * 8
     jobs = [Job(p, 1 + i % 7, 1.0, i, frozenset([3])) for i, p in enumerate(prompts * 3)]
-    batcher.submit(jobs)
+    engine.submit(jobs)
     for job in jobs:
         assert job.done.wait(120)
     assert gap(model, [j.prompt for j in jobs], jobs) < 1e-4
     assert all(len(j.token_ids) == j.max_tokens or j.token_ids[-1] == 3 for j in jobs)
-    batcher.close()
-
-
-def test_the_prefix_store_finds_the_longest_and_forgets_the_oldest():
-    store = PrefixStore(100)
-    tokens = list(range(40))
-    store.add("a", tokens, torch.arange(40.0)[None, None, None, :, None])
-    assert store.find("a", tokens[:33])[1] == 32
-    assert store.find("a", [*tokens[:20], 99, 98, 97])[1] == 20
-    assert store.find("b", tokens)[1] == 0
-    assert store.find("a", tokens[:10])[1] == 0
-    store.add("a", list(range(100, 170)), torch.zeros(1, 1, 1, 70, 1))
-    assert store.find("a", tokens)[1] == 0
-    assert store.find("a", list(range(100, 171)))[1] == 70
+    engine.close()
 
 
 @pytest.mark.parametrize("mode", ["abort", "keep"])
@@ -77,8 +64,8 @@ def test_pause_ends_or_keeps_what_is_in_flight(url, server, weights_root, model,
         target=lambda: answers.append(ask(url, max_tokens=3000, ignore_eos=True, seed=1))
     )
     thread.start()
-    batcher = server.service.batcher
-    wait_for(lambda: batcher._rows and len(batcher._rows[0].token_ids) > 20)
+    engine = server.service.engine
+    wait_for(lambda: engine.running and len(engine.running[0].token_ids) > 20)
     assert call(url, "POST", f"/pause?mode={mode}&clear_cache=true")[0] == 200
     assert ask(url)[0] == 503
     write_weights(
@@ -95,9 +82,9 @@ def test_pause_ends_or_keeps_what_is_in_flight(url, server, weights_root, model,
     assert call(url, "POST", "/resume")[0] == 200
     if mode == "keep":
         # Let it end soon: what is shown is that it goes on.
-        wait_for(lambda: batcher._rows)
-        at = len(batcher._rows[0].token_ids)
-        wait_for(lambda: len(batcher._rows[0].token_ids) > at + 20)
+        wait_for(lambda: engine.running)
+        at = len(engine.running[0].token_ids)
+        wait_for(lambda: len(engine.running[0].token_ids) > at + 20)
         call(url, "POST", "/pause?mode=abort")
         thread.join(30)
         versions = answers[0][1]["choices"][0]["weight_versions"]
@@ -208,11 +195,11 @@ def test_a_client_that_leaves_frees_its_row(url, server):
     host, port = url.removeprefix("http://").split(":")
     body = b'{"prompt": [5], "max_tokens": 4000, "ignore_eos": true}'
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    batcher = server.service.batcher
+    engine = server.service.engine
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
-        wait_for(lambda: batcher._rows)
-    wait_for(lambda: not batcher._rows)
+        wait_for(lambda: engine.running)
+    wait_for(lambda: not engine.running)
 
 
 def test_the_token_is_asked_for_everywhere_but_health(weights_root, model, engine_on):

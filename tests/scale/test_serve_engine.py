@@ -40,9 +40,9 @@ def test_a_row_is_a_function_of_its_seed_whoever_shares_the_batch_or_serves_it(
     # In fp64: the rounding of a wider product moves a draw of fp32 once in some hundred thousand tokens.
     prompts = prompts_of(40)
     runs = []
-    for rows, cache, count, in_flight in ((64, 65536, 1, 64), (3, 0, 1, 64), (5, 500, 2, 7)):
+    for rows, memory, count, in_flight in ((64, 0.5, 1, 64), (3, 5e-4, 1, 64), (5, 3.2e-4, 2, 7)):
         with ExitStack() as stack:
-            shape = {"tokenizer": False, "model_root": weights_root, "max_rows": rows, "cache_tokens": cache}
+            shape = {"tokenizer": False, "model_root": weights_root, "max_rows": rows, "kv_memory": memory}
             servers = [
                 stack.enter_context(served(None, model=base_model().double(), **shape)) for _ in range(count)
             ]
@@ -50,7 +50,7 @@ def test_a_row_is_a_function_of_its_seed_whoever_shares_the_batch_or_serves_it(
             runs.append(
                 [g.token_ids for g in draw(engine, prompts, tokens=12, temperature=2.0, seed=range(40))]
             )
-            assert all(server.service.batcher.served > 30 for server in servers)
+            assert all(server.service.engine.served > 30 for server in servers)
     assert runs[0] == runs[1] == runs[2]
     assert len({tuple(ids) for ids in runs[0]}) > 30
 
@@ -106,10 +106,10 @@ def test_many_requests_64_at_once_come_back_once_exact_and_with_the_trainers_log
 ):
     engine = engine_on(url, max_in_flight=64)
     prompts, stops = toolbox_prompts(REQUESTS)
-    before, begin = server.service.batcher.served, time.monotonic()
+    before, begin = server.service.engine.served, time.monotonic()
     generations = draw(engine, prompts, tokens=32, stops=stops)
     seconds = time.monotonic() - begin
-    served_now = server.service.batcher.served - before - 16  # the probe
+    served_now = server.service.engine.served - before - 16  # the probe
     worst = gap(model, prompts, generations)
     tokens = sum(len(g.token_ids) for g in generations)
     print(

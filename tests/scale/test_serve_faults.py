@@ -65,9 +65,7 @@ def same(run_dir, undisturbed):
 
 def test_rollouts_from_a_server_train_to_the_weights_of_rollouts_in_process(root, undisturbed):
     run_dir = root / "in-process"
-    trainer = Trainer(
-        config(run_dir, **(SHORT | {"rollout__engine": "hf", "rollout__per_sequence_seed": True}))
-    )
+    trainer = Trainer(config(run_dir, **(SHORT | {"rollout__engine": "in_process"})))
     trainer.train()
     trainer.env.close()
     ours, theirs = weights(run_dir), weights(undisturbed)

@@ -37,7 +37,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(root):
-    server = ServerProcess(tiny_model(), root, max_rows=1, cache_tokens=0)
+    server = ServerProcess(tiny_model(), root, max_rows=1)
     yield server.url
     server.close()
 

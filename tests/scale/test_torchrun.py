@@ -33,7 +33,7 @@ def torchrun(run_dir, *more):
 
 @pytest.mark.timeout(3 * LIMIT)
 def test_torchrun_trains_to_the_weights_of_one_process_also_when_stopped_and_resumed(tmp_path):
-    one = Trainer(config(tmp_path / "one", rollout__per_sequence_seed=True, **CHANGES))
+    one = Trainer(config(tmp_path / "one", **CHANGES))
     one.train()
     one.env.close()
 

@@ -16,6 +16,7 @@ SMALL = {
     "eval.validation_tasks": 4,
     "eval.test_tasks": 4,
     "eval.gauge_every": 1,
+    "run.seed": 3,  # whose first rollouts differ in reward
     "run.threads": 1,
     "run.device": "cpu",  # on a GPU machine, too: results are compared to the last bits
 }

@@ -3,20 +3,9 @@ leave."""
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from pact_fast.rollout.in_process.decode import decodes
-from pact_fast.rollout.in_process.hf import HFEngine, _Batch
+from pact_fast.rollout import InProcessEngine, RolloutError
 from tests.helpers.generation import generate, logprobs_of
 
 SHAPE = {
@@ -39,13 +28,11 @@ def model(request):
     return kind[1](kind[0](**SHAPE, initializer_range=0.4)).eval()
 
 
-@pytest.mark.parametrize(("temperature", "lean"), [(1.0, True), (0.7, True), (1.0, False)])
-def test_logprobs_are_the_models_own_over_several_turns(model, temperature, lean):
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_the_models_own_over_several_turns(model, temperature):
     torch.manual_seed(1)
-    engine = HFEngine(model)
-    assert engine.lean  # both families in fp32
-    engine.lean = lean
-    prompts = [torch.randint(7, 61, (n,)).tolist() for n in (9, 3, 3, 14, 1, 6)]
+    engine = InProcessEngine(model)
+    prompts = [torch.randint(7, 61, (n,)).tolist() for n in (9, 3, 3, 34, 1, 6)]
     prompts[2] = prompts[1]
     rows, contexts = list(range(6)), {i: list(p) for i, p in enumerate(prompts)}
     for turn in range(3):
@@ -54,53 +41,50 @@ def test_logprobs_are_the_models_own_over_several_turns(model, temperature, lean
             temperature=temperature,
         )  # fmt: skip
         for i, generation in zip(rows, out, strict=True):
-            want = logprobs_of(model, contexts[i], generation.token_ids, temperature)
+            want = logprobs_of(model, contexts[i], generation.token_ids, temperature or 1.0)
             assert generation.logprobs == pytest.approx(want, abs=1e-4)
             contexts[i] += generation.token_ids + torch.randint(7, 61, (1 + (3 * i + turn) % 5,)).tolist()
         rows = rows[::2] if turn == 0 else rows[::-1]
+    engine.reset()
+    assert engine.scheduler.table.held == 0
 
 
-def test_sessions_reuse_the_cache_and_change_nothing(model, monkeypatch):
+def test_sessions_reuse_the_cache_and_change_nothing(model):
     prompts = [[9, 8, 7], [10, 11, 12, 13]]
-    first = HFEngine(model)
+    first = InProcessEngine(model)
     start = generate(first, prompts, [6, 3], sessions=["a", "b"], temperature=0.0, stops=())
     longer = [p + g.token_ids + [20, 21] for p, g in zip(prompts, start, strict=True)]
-    fed = []
-    feed = _Batch.feed
-
-    def counting(batch, model, chunks, lean=False):
-        fed.append(sum(len(c) for c in chunks))
-        return feed(batch, model, chunks, lean)
-
-    monkeypatch.setattr(_Batch, "feed", counting)
+    before = first.scheduler.prefilled
     resumed = generate(first, longer, [5, 5], sessions=["a", "b"], temperature=0.0, stops=())
-    assert fed[0] <= 3 + 3  # the last sampled token of each row and its two new ones
-    fresh = generate(HFEngine(model), longer, [5, 5], temperature=0.0, stops=())
+    assert first.scheduler.prefilled - before == 3 + 3, "the last sampled token of each row and two new ones"
+    fresh = generate(InProcessEngine(model), longer, [5, 5], temperature=0.0, stops=())
     assert [r.token_ids for r in resumed] == [f.token_ids for f in fresh]
     for r, f in zip(resumed, fresh, strict=True):
         assert r.logprobs == pytest.approx(f.logprobs, abs=1e-5)
 
 
-def test_what_the_lean_step_does_not_know_runs_through_the_model(model):
-    assert decodes(model)
-    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert not decodes(model)
-    handle.remove()
-    assert decodes(model)
-    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
-    assert not decodes(model)
-    assert not decodes(model.bfloat16())
+def test_a_prompt_is_prefilled_once_for_its_group_and_a_common_beginning_once_for_all(model):
+    engine = InProcessEngine(model)
+    system = [7 + i % 50 for i in range(64)]
+    prompts = [system + [7 + i] * 9 for i in range(4) for _ in range(8)]
+    out = generate(engine, prompts, [6] * 32, stops=())
+    assert engine.scheduler.prefilled == 64 + 4 * 9
+    for prompt, row in zip(prompts, out, strict=True):
+        assert row.logprobs == pytest.approx(logprobs_of(model, prompt, row.token_ids), abs=1e-4)
+    again = generate(engine, prompts[::8], [3] * 4, stops=())
+    assert engine.scheduler.prefilled == 64 + 4 * 9 + 4 * 9, "whole pages are found, tails computed"
+    assert [r.token_ids for r in again] != [out[i].token_ids[:3] for i in range(0, 32, 8)]
 
 
 def test_a_rewritten_prompt_is_not_served_from_the_cache(model):
-    engine = HFEngine(model)
+    engine = InProcessEngine(model)
     generate(engine, [[9, 8, 7]], [4], sessions=["a"])
     out = generate(engine, [[9, 30, 7, 31]], [4], sessions=["a"])
     assert out[0].logprobs == pytest.approx(logprobs_of(model, [9, 30, 7, 31], out[0].token_ids), abs=1e-4)
 
 
 def test_stop_token_ends_a_row_and_is_kept(model):
-    out = generate(HFEngine(model), [[9, 8]] * 64, [40] * 64, stops=range(7, 30))
+    out = generate(InProcessEngine(model), [[9, 8]] * 64, [40] * 64, stops=range(7, 30))
     assert {g.finish_reason for g in out} == {"stop"}
     for g in out:
         assert g.token_ids[-1] in range(7, 30)
@@ -108,61 +92,38 @@ def test_stop_token_ends_a_row_and_is_kept(model):
 
 
 def test_length_limit_is_per_row(model):
-    out = generate(HFEngine(model), [[9], [9], [9]], [1, 4, 9], stops=())
+    out = generate(InProcessEngine(model), [[9], [9], [9]], [1, 4, 9], stops=())
     assert [len(g.token_ids) for g in out] == [1, 4, 9]
     assert {g.finish_reason for g in out} == {"length"}
 
 
 def test_the_seed_makes_the_draw_repeatable(model):
     def draw(seed):
-        return [g.token_ids for g in generate(HFEngine(model), [[9, 8]] * 8, [12] * 8, seed=seed)]
+        return [g.token_ids for g in generate(InProcessEngine(model), [[9, 8]] * 8, [12] * 8, seed=seed)]
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
 
-def test_samples_follow_the_distribution(model):
-    out = generate(HFEngine(model), [[9, 8, 7]] * 4000, [1] * 4000, stops=())
-    counts = torch.bincount(torch.tensor([g.token_ids[0] for g in out]), minlength=61) / 4000
-    with torch.no_grad():
-        want = model(torch.tensor([[9, 8, 7]])).logits[0, -1].softmax(-1)
-    assert float((counts - want).abs().max()) < 4 * (0.25 / 4000) ** 0.5
-
-
-def test_a_sliding_window_model_is_refused():
-    with pytest.raises(ValueError, match="sliding_attention"):
-        HFEngine(MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        GraniteConfig(**SHAPE, initializer_range=0.4, logits_scaling=3.0),
-        Gemma3TextConfig(
-            **SHAPE, initializer_range=0.4, final_logit_softcapping=2.0, layer_types=["full_attention"] * 2
-        ),
-    ],
-    ids=["granite", "gemma3_text"],
-)
-def test_the_heads_scale_and_softcap_are_in_the_logprobs(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    (out,) = generate(HFEngine(model), [[9, 8, 7]], [12], temperature=0.8, stops=())
-    assert out.logprobs == pytest.approx(logprobs_of(model, [9, 8, 7], out.token_ids, 0.8), abs=1e-4)
-
-
-def test_a_row_with_its_own_seed_draws_the_same_whoever_stands_beside_it(model):
-    prompts = [[9, 8], [10, 11, 12], [20], [9, 8]]
-    together = generate(HFEngine(model), prompts, [40] * 4, seed=[5, 6, 7, 5])
+def test_a_row_draws_the_same_whoever_stands_beside_it_and_whatever_is_cached(model):
+    prompts = [[9, 8], [10, 11, 12], [20] * 40, [9, 8]]
+    engine = InProcessEngine(model.double())
+    together = generate(engine, prompts, [40] * 4, seed=[5, 6, 7, 5])
     for i, seed in ((2, 7), (0, 5)):
-        (alone,) = generate(HFEngine(model), [prompts[i]], [40], seed=[seed])
-        assert alone.token_ids == together[i].token_ids
+        for one in (engine, InProcessEngine(model)):
+            (alone,) = generate(one, [prompts[i]], [40], seed=[seed])
+            assert alone.token_ids == together[i].token_ids
     assert together[0].token_ids == together[3].token_ids
+    small = InProcessEngine(model, max_rows=2)
+    assert [g.token_ids for g in generate(small, prompts, [40] * 4, seed=[5, 6, 7, 5])] == [
+        g.token_ids for g in together
+    ]
 
 
 def test_draws_follow_the_models_distribution(model):
     rows = 4000
-    drawn = generate(HFEngine(model), [[9, 8, 7]] * rows, [1] * rows, seed=range(rows), temperature=1.3)
+    engine = InProcessEngine(model, max_rows=rows)
+    drawn = generate(engine, [[9, 8, 7]] * rows, [1] * rows, seed=range(rows), temperature=1.3, stops=())
     counts = torch.bincount(torch.tensor([g.token_ids[0] for g in drawn]), minlength=61)
     with torch.no_grad():
         expected = (model(torch.tensor([[9, 8, 7]])).logits[0, -1].float() / 1.3).softmax(-1) * rows
@@ -170,3 +131,52 @@ def test_draws_follow_the_models_distribution(model):
     chi2 = float(((counts - expected)[common] ** 2 / expected[common]).sum())
     assert chi2 < 2.0 * int(common.sum()), (chi2, int(common.sum()))
     assert int(counts[expected < 1e-3].sum()) == 0
+
+
+def test_new_weights_are_used_and_no_key_of_the_old_ones(model):
+    engine = InProcessEngine(model)
+    prompt = [9 + i % 40 for i in range(50)]
+    generate(engine, [prompt], [4], sessions=["a"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    engine.weights_changed()
+    (row,) = generate(engine, [prompt], [6], sessions=["a"], stops=())
+    assert row.logprobs == pytest.approx(logprobs_of(model, prompt, row.token_ids), abs=1e-4)
+
+
+def test_the_trainers_model_is_neither_run_nor_changed(model):
+    ran = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: ran.append(1))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()
+    generate(InProcessEngine(model), [[9, 8, 7]], [4])
+    assert not ran
+    assert model.training
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_bad_rows_are_named_and_nothing_is_left_behind(model):
+    engine = InProcessEngine(model)
+    generate(engine, [[9, 8]], [2])
+    for prompts, limits, stops, message in [
+        ([[9], []], [1, 1], (), "prompt is empty"),
+        ([[9]], [0], (), "max_tokens=0"),
+        ([[9] * 512], [1], (), "512 tokens leaves no room in the model's context of 512"),
+        ([[9, 61]], [1], (), "prompt holds 61"),
+        ([[9]], [1], (5, 99), "stop_token_ids holds 99"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generate(engine, prompts, limits, stops=stops)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        generate(engine, [[9]], [1], temperature=-1.0)
+    assert engine.scheduler.table.held == 0
+    assert not engine.scheduler.busy
+    (row,) = generate(engine, [[9] * 510], [40], stops=())
+    assert (len(row.token_ids), row.finish_reason) == (2, "length"), "the context ends the row"
+    engine.close()
+    with pytest.raises(RolloutError, match="closed"):
+        generate(engine, [[9]], [1])
+    with pytest.raises(ValueError, match="kv_memory=0"):
+        InProcessEngine(model, kv_memory=0.0)

@@ -10,7 +10,7 @@ from pact_fast.data.chat import ChatFormat
 from pact_fast.envs.base import make_env
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.evaluation.evaluate import transcript
-from pact_fast.rollout import HFEngine, RolloutLimits, collect_rollouts
+from pact_fast.rollout import InProcessEngine, RolloutLimits, collect_rollouts
 
 
 def run(out, *words):
@@ -61,7 +61,7 @@ def test_tables_and_summary_tell_the_rows_by_category(tmp_path, capsys):
 @pytest.mark.parametrize("room", [0, 9])
 def test_rollouts_stay_within_the_models_context(room):
     env = make_env("toolbox", {})
-    engine = HFEngine(AutoModelForCausalLM.from_pretrained(base_model_path()).eval())
+    engine = InProcessEngine(AutoModelForCausalLM.from_pretrained(base_model_path()).eval())
     chat = ChatFormat.for_tokenizer(AutoTokenizer.from_pretrained(base_model_path()))
     for record in env.records("test")[:3]:
         limits = RolloutLimits(10, 512, 64, len(chat.prompt(record.prompt, record.tools)) + room)

@@ -86,7 +86,7 @@ def test_a_stale_policy_is_noticed_by_the_first_update_check(make_trainer):
 
 def test_the_ratio_is_taken_under_the_trace_unless_the_prompt_is_anchored(make_trainer):
     trainer = make_trainer(objective__anchor_probability=0.5, train__prompts_per_step=6)
-    samples, rollouts, anchored = step_samples(trainer)
+    samples, rollouts, anchored = step_samples(trainer, step=1)
     assert set(anchored.values()) == {True, False}
     records = {r.id: r for r in trainer.records}
     for sample in (s for s in samples if s.is_policy):

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pact_fast.rollout.engine import Generation, RolloutError
+from pact_fast.rollout.engine import Generation, RolloutError, row_seeds
 from pact_fast.rollout.http.client import (
     InvalidResponse,
     RemoteServer,
@@ -56,8 +56,6 @@ class HTTPEngine:
         mix_weights: requests in flight at a change of weights go on under the new ones.
         publisher: where changed weights come from; without one, call `load`.
     """
-
-    per_sequence_seed, in_process = True, False
 
     def __init__(
         self,
@@ -128,9 +126,7 @@ class HTTPEngine:
             raise ValueError(
                 f"max_new_tokens={min(max_new_tokens)}: every row needs room for at least one token"
             )
-        seeds = (
-            [(seed * 1_000_003 + i) % 2**63 for i in range(len(prompts))] if isinstance(seed, int) else seed
-        )
+        seeds = row_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
         stops = frozenset(stop_token_ids)
         rows = [
             _Row(i, len(prompts), list(prompts[i]), max_new_tokens[i], temperature, seeds[i] % 2**63, stops)

@@ -19,6 +19,7 @@ from pact_fast.distributed import Sharded
 from pact_fast.rollout.engine import RolloutError
 from pact_fast.rollout.http.client import Weights
 from pact_fast.rollout.http.engine import HTTPEngine
+from pact_fast.rollout.in_process.weights import add_adapters
 
 VERSION = re.compile(r"[0-9]{6}-[0-9a-f]{8}")
 SHARD = 4 * 2**30  # bytes of one file
@@ -123,9 +124,11 @@ def merged(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
             continue
         layer = name.removesuffix(".base_layer.weight")
         if layer in scales and layer != name and tensor.numel():  # empty on ranks that do not write
-            for adapter, scale in scales[layer].items():
-                b, a = (state[f"{layer}.lora_{x}.{adapter}.weight"] for x in "BA")
-                tensor = tensor + scale * (b @ a)
+            pairs = [
+                (scale, *(state[f"{layer}.lora_{x}.{adapter}.weight"] for x in "AB"))
+                for adapter, scale in scales[layer].items()
+            ]
+            tensor = add_adapters(tensor, pairs)
         out[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
     return out
 
