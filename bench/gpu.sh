@@ -2,6 +2,7 @@
 # What only a GPU can show, in one command and without a network: `make gpu`, or one part: bash bench/gpu.sh PART...
 #   setup    environment on the machine's own torch and triton, native parts built if nvcc is there
 #   tests    the GPU tests and the kernel tests, compiled instead of interpreted
+#   decode   the same of the rollout engine's kernels, and their times
 #   bench    the ops beside their peers at the main shape: CSV rows and a plot in bench/results/
 #   tree     attention, training step and scoring pass of token trees (all lengths: python -m bench tree)
 #   trainer  a step of the trainer on the bundled environment, where its packages are there
@@ -18,10 +19,11 @@ VENV=${VENV_GPU:-.venv-gpu}
 SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
 OUT=bench/results
 HEAD_OPS=(--op linear_cross_entropy --op linear_logprob --op linear_pact_loss)
+DECODE_OPS=(--op shared_prefix_attention --op extend_attention --op sample)
 ONLY=()  # what a dry run adds to pytest
 if [ -n "${DRY_RUN:-}" ]; then
     VENV=${VENV_GPU:-.venv} SECONDS_PER_CASE=0 OUT=$(mktemp -d) ONLY=(--collect-only) TREE_ROUNDS=1
-    TOTAL_LIMIT=${TOTAL_LIMIT:-3600} BENCH_LIMIT=900 OTHERS_LIMIT=900 TREE_LIMIT=900 TREE_MODEL_LIMIT=1800
+    TOTAL_LIMIT=${TOTAL_LIMIT:-3600} BENCH_LIMIT=900 DECODE_BENCH_LIMIT=900 OTHERS_LIMIT=900 TREE_LIMIT=900 TREE_MODEL_LIMIT=1800
 fi
 PY=$(realpath -ms "$VENV")/bin/python
 unset TRITON_INTERPRET
@@ -60,7 +62,13 @@ part_setup() {
 # By name: all other files would be imported too, and need packages that a machine for inference or training may lack.
 part_tests() {
     within "${TESTS_LIMIT:-150}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" tests/ops/test_head_gpu.py \
-        tests/ops/test_head_kernels.py tests/tree/test_tree_kernels.py tests/ops/test_decode_kernels.py
+        tests/ops/test_head_kernels.py tests/tree/test_tree_kernels.py
+}
+
+# Some hundred kernels are compiled for the tests.
+part_decode() {
+    within "${DECODE_LIMIT:-150}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" tests/ops/test_decode_kernels.py || return 1
+    within "${DECODE_BENCH_LIMIT:-60}" "$PY" -m bench ops "${DECODE_OPS[@]}" --seconds "$SECONDS_PER_CASE" --out "$OUT"
 }
 
 # The loss comes last: a peer of it goes through torch.compile, whose time is not ours to bound.
@@ -97,10 +105,10 @@ part_summary() {
 }
 
 status=0
-for part in "${@:-setup tests bench tree trainer others summary}"; do
+for part in "${@:-setup tests decode bench tree trainer others summary}"; do
     for name in $part; do
         echo "== $name"
-        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, bench, tree, trainer, others, summary"
+        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, tests, decode, bench, tree, trainer, others, summary"
         [ "$name" = setup ] || [ -x "$PY" ] || fail "there is no $PY: run 'bash bench/gpu.sh setup' first"
         if ! "part_$name"; then
             status=1
