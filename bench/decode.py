@@ -157,7 +157,7 @@ def sample_inputs(shape: Shape, dtype: torch.dtype, device: str) -> SimpleNamesp
 def exact_sample(i: SimpleNamespace, mode: str) -> dict[str, torch.Tensor]:
     """The log-probs of the tokens that the counter-based noise chooses."""
     token = draw(i, "torch")["token"]
-    return {"logprob": i.logits.double().log_softmax(-1).gather(1, token[:, None])[:, 0], "token": token}
+    return {"logprob": i.logits.double().log_softmax(-1).gather(1, token[:, None])[:, 0]}
 
 
 def draw(i: SimpleNamespace, impl: str) -> dict[str, torch.Tensor]:
