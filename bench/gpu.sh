@@ -3,6 +3,7 @@
 #   setup    environment on the machine's own torch and triton, native part built if a C++ compiler is there
 #   rollout  rollouts first of all: their tests, then tokens/s and the share of the memory floor at the main shapes
 #   tests    the GPU tests and the kernel tests, compiled instead of interpreted
+#   decode   the same of the rollout engine's kernels, and their times
 #   bench    the ops beside their peers at the main shape: CSV rows and a plot in bench/results/
 #   tree     attention, training step and scoring pass of token trees (all lengths: python -m bench tree)
 #   trainer  a step of the trainer on the bundled environment, where its packages are there
@@ -19,10 +20,11 @@ VENV=${VENV_GPU:-.venv-gpu}
 SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
 OUT=bench/results
 HEAD_OPS=(--op linear_cross_entropy --op linear_logprob --op linear_pact_loss)
+DECODE_OPS=(--op shared_prefix_attention --op extend_attention --op sample)
 ONLY=()  # what a dry run adds to pytest
 if [ -n "${DRY_RUN:-}" ]; then
     VENV=${VENV_GPU:-.venv} SECONDS_PER_CASE=0 OUT=$(mktemp -d) ONLY=(--collect-only) TREE_ROUNDS=1
-    TOTAL_LIMIT=${TOTAL_LIMIT:-3600} BENCH_LIMIT=900 OTHERS_LIMIT=900 TREE_LIMIT=900 TREE_MODEL_LIMIT=1800
+    TOTAL_LIMIT=${TOTAL_LIMIT:-3600} BENCH_LIMIT=900 DECODE_BENCH_LIMIT=900 OTHERS_LIMIT=900 TREE_LIMIT=900 TREE_MODEL_LIMIT=1800
 fi
 PY=$(realpath -ms "$VENV")/bin/python
 unset TRITON_INTERPRET
@@ -61,7 +63,14 @@ part_setup() {
 # By name: all other files would be imported too, and need packages that a machine for inference or training may lack.
 part_tests() {
     within "${TESTS_LIMIT:-150}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" tests/ops/test_head_gpu.py \
-        tests/ops/test_head_kernels.py tests/tree/test_tree_kernels.py tests/ops/test_decode_kernels.py
+        tests/ops/test_head_kernels.py tests/tree/test_tree_kernels.py
+}
+
+# Some hundred kernels are compiled for the tests.
+part_decode() {
+    if_time_allows "${DECODE_LIMIT:-110}" "$PY" -m pytest -q -p no:cacheprovider "${ONLY[@]}" tests/ops/test_decode_kernels.py ||
+        return 1
+    within "${DECODE_BENCH_LIMIT:-45}" "$PY" -m bench ops "${DECODE_OPS[@]}" --seconds "$SECONDS_PER_CASE" --out "$OUT"
 }
 
 # DESIGN's targets: 14,000 tokens/s at 64 rows and 20,000 at 256 (prompt 3,000 shared by 8, 512 new), 60,000 of the
@@ -112,10 +121,10 @@ part_summary() {
 }
 
 status=0
-for part in "${@:-setup rollout tests bench tree trainer others summary}"; do
+for part in "${@:-setup rollout tests decode bench tree trainer others summary}"; do
     for name in $part; do
         echo "== $name"
-        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, rollout, tests, bench, tree, trainer, others, summary"
+        declare -F "part_$name" >/dev/null || fail "unknown part '$name': setup, rollout, tests, decode, bench, tree, trainer, others, summary"
         [ "$name" = setup ] || [ -x "$PY" ] || fail "there is no $PY: run 'bash bench/gpu.sh setup' first"
         if ! "part_$name"; then
             status=1

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import bench.decode
 import bench.head
-import bench.tree_attention  # noqa: F401  both register their ops
+import bench.tree_attention  # noqa: F401  they register their ops
 from bench.registry import OPS
 from bench.report import plot, print_table, print_targets
 from bench.rows import LOCAL, OUT_HELP, Rows, read_csv

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import bench.decode
 import bench.head
-import bench.tree_attention  # noqa: F401  both register their ops
+import bench.tree_attention  # noqa: F401  they register their ops
 from bench.registry import OPS, Unavailable
 from bench.runner import gate
 

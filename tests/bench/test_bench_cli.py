@@ -175,7 +175,8 @@ def find_spec(cls, name, path=None, target=None):
     return None if name.split(".")[0] in hidden else find(name, path, target)
 importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
 sys.path[:0] = [".", "tests/ops"]
-for module in "bench.ops bench.tree test_head_gpu test_head_kernels tests.tree.test_tree_kernels".split():
+modules = "bench.ops bench.tree test_head_gpu test_head_kernels test_decode_kernels"
+for module in [*modules.split(), "tests.tree.test_tree_kernels"]:
     importlib.import_module(module)
 assert not hidden & set(sys.modules)
 """
