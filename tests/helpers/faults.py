@@ -94,7 +94,7 @@ def fork(run_dir, before=lambda: None, by_command=False, after=lambda run_dir: N
         os.dup2(log, 1)
         os.dup2(log, 2)
         before()
-        options = SHORT | {"checkpoint__resume": True} | changes
+        options = SHORT | {"checkpoint__resume": (run_dir / "run.json").exists()} | changes
         if by_command:
             code = cli.main(["train", *words(run_dir, **options)])
         else:

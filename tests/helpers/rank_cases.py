@@ -99,10 +99,9 @@ def disagree(trainer, number):
     if number == 0:
         trainer.world.gather("alone")
     else:
-        trainer.sharded.run(lambda: torch.zeros(())) if trainer.sharded._root is None else None
-        samples = trainer.mini_batches(trainer.records[:1], [], {}, trainer.schedule.sft_strength(0.1), 0.1)[
-            0
-        ]
+        records, strength = trainer.records[:1], trainer.schedule.sft_strength(0.1)
+        anchored = trainer.schedule.anchored([r.id for r in records], 0)
+        samples = trainer.mini_batches(records, [], anchored, strength, 0.1)[0]
         trainer.world.begin = lambda *_: None
         trainer.update(samples, 0)
 

@@ -14,6 +14,7 @@ from pact_fast.metrics import read_metrics
 SMALL = {
     "train.max_steps": 6,
     "train.prompts_per_step": 2,
+    "train.learning_rate": 1e-3,  # a few steps have to move the weights
     "train.num_mini_batches": 2,
     "train.lr_scheduler_type": "cosine",
     "rollout.num_generations": 3,
