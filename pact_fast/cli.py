@@ -17,7 +17,7 @@ COMMANDS = {  # module pact_fast.commands.NAME with `main(argv) -> exit status`:
     "train": "train a policy (--help lists every key)",
     "eval": "score a model on an environment",
     "compare": "run presets x seeds x settings: one table, one plot",
-    "report": "write report.html of a run folder",
+    "report": "write report.html of a run folder, transcripts.html of an evaluation's",
     "export": "a run's weights as a plain Hugging Face folder",
     "serve": "sample for trainers elsewhere, over HTTP",
     "doctor": "what this machine has, and what each lack costs",
