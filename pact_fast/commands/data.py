@@ -163,10 +163,10 @@ def _print_replay(console: Console, records: Sequence[Record], reward: str) -> i
         env.close()
     outcomes = [replay.outcome for replay in replays if replay.outcome is not None]
     solved = sum(outcome.solved for outcome in outcomes)
-    reward = sum(outcome.reward for outcome in outcomes) / max(1, len(outcomes))
+    mean = sum(outcome.reward for outcome in outcomes) / max(1, len(outcomes))
     stale = [replay for replay in replays if replay.differences]
     console.print(
-        f"traces run through their tools: {len(own)}, solved {solved}, mean reward {reward:.2f}, "
+        f"traces run through their tools: {len(own)}, solved {solved}, mean reward {mean:.2f}, "
         f"contradicted {len(stale)}"
     )
     for replay in [r for r in replays if r.outcome is not None and not r.outcome.solved][:5]:

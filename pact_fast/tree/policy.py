@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.tree.families import HeadParams, causal_lm, check_model, decoder_layers, head_params
 from pact_fast.tree.packing import TreePack
+from pact_fast.tree.replicas import check_exchanged, within_forward
 from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
 
 ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
@@ -106,7 +108,9 @@ class Policy:
     """A causal LM of a family that `pact_fast.tree.families` knows, run on token trees.
 
     Args:
-        model: a transformers causal LM, or a PEFT model around one.
+        model: a transformers causal LM, a PEFT model around one, or DistributedDataParallel around either:
+            then the backward exchanges gradients as after `ddp(...)`, and every rank must call `hidden` with
+            gradients equally often (`ddp.no_sync()` between). Not `ddp.module`: that is refused.
         attention: implementation of `ops.tree_attention`: "auto", "torch", ...
         gradient_checkpointing: recompute every decoder layer in the backward instead of keeping its
             activations.
@@ -122,7 +126,7 @@ class Policy:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | nn.Module,
         *,
         attention: str = "auto",
         gradient_checkpointing: bool = False,
@@ -137,6 +141,7 @@ class Policy:
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self._causal: Any = causal
+        self._alone = False  # whether no DDP around the model was found
         self._layers: list[Any] = [m for m in causal.modules() if hasattr(type(m), "gradient_checkpointing")]
         self._compiled: list[tuple[Any, Any]] = []
         if compile is not None:
@@ -189,19 +194,40 @@ class Policy:
                 f"attention_dropout = {dropout} in training: tree attention has no dropout; set it to 0 in "
                 "the model's config or call model.eval()"
             )
-        with self._inside(config), self._checkpointing(config):
-            out = self._causal.model(
+        if torch.is_grad_enabled():
+            self._check_replica()
+
+        def run() -> Tensor:
+            decoder: Any = self._causal.model
+            out = decoder(
                 input_ids=input_ids[None],
                 position_ids=position_ids[None],
                 use_cache=False,
                 pact_tree=call,
             )
+            return out.last_hidden_state[0]
+
+        with self._inside(config), self._checkpointing(config):
+            hidden = within_forward(self.model, run)
         if call.layers != config.num_hidden_layers:
             raise RuntimeError(
                 f"{call.layers} of {config.num_hidden_layers} layers ran the tree attention: another one "
                 "would read the tree as something else; remove what replaces the model's attention"
             )
-        return out.last_hidden_state[0]
+        return hidden
+
+    def _check_replica(self) -> None:
+        """ValueError where DDP would not exchange the gradients of what Policy computes."""
+        if not isinstance(self.model, DistributedDataParallel):
+            if not self._alone:
+                check_exchanged(self._causal)
+                self._alone = True
+        elif self.model.find_unused_parameters and self.head.weight.requires_grad:
+            raise ValueError(
+                "DistributedDataParallel(..., find_unused_parameters=True) takes the LM head for unused, "
+                "which the loss reads beside the forward: leave it False (in the arguments of transformers "
+                "and TRL, ddp_find_unused_parameters=False)"
+            )
 
     @torch.no_grad()
     def stream(self, pack: TreePack, chunk_tokens: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
