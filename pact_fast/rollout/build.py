@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pact_fast.config import ConfigError, RolloutConfig
 from pact_fast.distributed import Sharded
 from pact_fast.rollout.engine import Engine
@@ -15,6 +17,11 @@ from pact_fast.rollout.in_process.batching import BatchingEngine
 from pact_fast.rollout.in_process.hf import HFEngine
 
 TOKEN = "PACT_FAST_TOKEN"  # environment variable: config.json of a run is no place for a secret
+
+
+def local_engine(model: Any, device: torch.device) -> Engine:
+    """The engine of commands that sample with a model of this process and train nothing."""
+    return HFEngine(model.to(device).eval())
 
 
 def build_engine(config: RolloutConfig, model: Any, sharded: Sharded, run_dir: Path) -> Engine:
