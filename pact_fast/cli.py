@@ -17,8 +17,9 @@ from pact_fast.version import __version__
 COMMANDS = {  # module pact_fast.commands.NAME with `main(argv) -> exit status`: what it does
     "train": "train a policy (--help lists every key)",
     "eval": "score a model on an environment",
+    "chat": "talk to a model with an environment's tools",
     "compare": "run presets x seeds x settings: one table, one plot",
-    "report": "write report.html of a run folder",
+    "report": "write report.html of a run folder, transcripts.html of an evaluation's",
     "export": "a run's weights as a plain Hugging Face folder",
     "serve": "sample for trainers elsewhere, over HTTP",
     "doctor": "what this machine has, and what each lack costs",

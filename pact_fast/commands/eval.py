@@ -22,7 +22,7 @@ from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
-from pact_fast.rollout import InProcessEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.rollout import Rollout, RolloutLimits, collect_rollouts, local_engine
 from pact_fast.train.build import device_of, load_pretrained, set_threads
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(list(argv))
-    env = make_env(args.env, dict(_setting(s) for s in args.setting))
+    env = make_env(args.env, dict(parse_setting(s) for s in args.setting))
     limits = LIMITS.get(args.env, OTHER_LIMITS)
     if getattr(env, "official", False):  # the environment's own limit, that of the benchmark, is to hold
         limits = (env.max_turns, *limits[1:])  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--setting {text!r}: write KEY=VALUE")
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length, context)
     roll = partial(
         collect_rollouts,
-        InProcessEngine(model, device=device, kv_memory=0.5),
+        local_engine(model, device),
         env,
         chat,
         temperature=args.temperature,

@@ -4,7 +4,8 @@ ToolHop.
 A record's `env` holds `codes` ({tool name: source that defines a function of that name}), and `answer`
 (text, a number, or a list of alternatives) or `unsolved_set` ({tool name: values its calls should give}), or
 both. The source is untrusted: every call runs in the sandbox, in a process of its own. A tool's result
-becomes text the way FTRL does it: dicts and lists as JSON, text as it is, all else through str().
+becomes text the way FTRL does it: dicts and lists as JSON (what JSON lacks inside of them as text), text as
+it is, all else through str().
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ RENDER = """
 def render_result(name, arguments):
     import json
     value = globals()[name](**arguments)
-    if type(value) in (dict, list):
-        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False, default=str)
     return value if isinstance(value, str) else str(value)
 """
 

@@ -8,7 +8,7 @@ Reads, all written by the trainer and each optional but the first:
                        "expected": str | None, "pieces": [{"role", "component", "text"}, ...]}
                       or just the list of pieces. Pieces follow each other as the model saw or wrote them and
                       join to the whole text; role is system | user | assistant | tool, component a name of
-                      data.Component in lower case (COMPONENTS below)
+                      data.Component in lower case
     config.json       the run's whole configuration
 
 `write_report(run_dir)` returns the page's path; `final_table(summary)` is the table at the end of training.
@@ -31,12 +31,12 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from pact_fast.data.colours import LOOKS, css, name_of
+from pact_fast.data.colours import css
 from pact_fast.evaluation.stats import Interval, score_mean
+from pact_fast.evaluation.transcripts import conversation, key_line
 from pact_fast.files import writing
 from pact_fast.metrics import METRICS_FILE, describe, read_metrics
 
-COMPONENTS = tuple(map(name_of, LOOKS))
 SCORES = (("solved", "solved share"), ("reward", "mean reward"), ("calls", "calls per task"))
 MODES = (("sampled", "T=1"), ("greedy", "greedy"))
 
@@ -303,24 +303,11 @@ def _transcript(record: Any) -> str:
     if not record:
         return "<p>No transcript was recorded.</p>"
     facts, pieces = (record, record["pieces"]) if isinstance(record, dict) else ({}, record)
-    spans, role = [], None
-    for piece in pieces:
-        component = piece["component"].lower()
-        if component not in COMPONENTS:
-            raise ValueError(f"transcript.json: component {component!r} is none of {COMPONENTS}")
-        if piece["role"] != role:
-            role = piece["role"]
-            spans.append(f"</div><div class='turn'><b>{html.escape(role)}</b>")
-        spans.append(f"<span class='{component}' title='{component}'>{html.escape(piece['text'])}</span>")
-    key = " ".join(f"<span class='{name}'>{name.replace('_', ' ')}</span>" for name in COMPONENTS)
     shown = {
         k: facts[k] for k in ("task", "solved", "reward", "failure", "expected") if facts.get(k) is not None
     }
     line = ", ".join(f"{k}: {v}" for k, v in shown.items())
-    text = "".join(spans)
-    return (
-        f"<p>{html.escape(line)}</p><p class='key'>{key}</p><div class='transcript'><div>{text}</div></div>"
-    )
+    return f"<p>{html.escape(line)}</p>{key_line()}{conversation(pieces, 'transcript.json')}"
 
 
 def _scored_split(summary: Mapping[str, Any]) -> str:

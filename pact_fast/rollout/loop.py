@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pact_fast.data.chat import ChatFormat, Tokens
+from pact_fast.data.chat import AssistantTurn, ChatFormat, Tokens
 from pact_fast.data.records import Record
-from pact_fast.envs.base import Outcome, ToolEnv
+from pact_fast.envs.base import Outcome, StepResult, ToolEnv
 from pact_fast.rollout.engine import Engine
 
 
@@ -171,19 +171,25 @@ def _room(rollout: Rollout, limits: RolloutLimits) -> int:
     return min(limits.max_turn_length, limits.left(rollout))
 
 
+def reply_tokens(chat: ChatFormat, parsed: AssistantTurn, result: StepResult, turn: int) -> Tokens:
+    """The environment's answer to a turn, with the generation header of turn `turn`."""
+    reply = Tokens()
+    if result.tool_responses:
+        names = [call.name for call in parsed.tool_calls]
+        every = len(names) == len(result.tool_responses)  # an environment may pass over some
+        reply = chat.tool_results(result.tool_responses, turn, names=names if every else None)
+    if result.user_message is not None:
+        reply = chat.user(result.user_message, turn)
+    return reply
+
+
 def _append_reply(
     rollout: Rollout, chat: ChatFormat, parsed: Any, result: Any, turn: int, limits: RolloutLimits
 ) -> bool:
     """Adds the environment's answer and the next generation header; False where no room is left for a
     turn, or the answer cannot be written as tokens."""
-    reply = Tokens()
     try:
-        if result.tool_responses:
-            names = [call.name for call in parsed.tool_calls]
-            every = len(names) == len(result.tool_responses)  # an environment may pass over some
-            reply = chat.tool_results(result.tool_responses, turn + 1, names=names if every else None)
-        if result.user_message is not None:
-            reply = chat.user(result.user_message, turn + 1)
+        reply = reply_tokens(chat, parsed, result, turn + 1)
     except Exception:  # nothing a tool writes may end a run
         rollout.truncated = "unreadable"
         return False

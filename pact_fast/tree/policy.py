@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -23,6 +24,7 @@ from pact_fast.tree import fused_layers as fused
 from pact_fast.tree.families import Family, HeadParams, causal_lm, check_model, decoder_layers, head_params
 from pact_fast.tree.fused_layers import Kernels
 from pact_fast.tree.packing import TreePack
+from pact_fast.tree.replicas import check_exchanged, within_forward
 from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
 from pact_fast.tree.streaming import Part, Prefix
 
@@ -135,7 +137,9 @@ class Policy:
     """A causal LM of a family that `pact_fast.tree.families` knows, run on token trees.
 
     Args:
-        model: a transformers causal LM, or a PEFT model around one.
+        model: a transformers causal LM, a PEFT model around one, or DistributedDataParallel around either:
+            then the backward exchanges gradients as after `ddp(...)`, and every rank must call `hidden` with
+            gradients equally often (`ddp.no_sync()` between). Not `ddp.module`: that is refused.
         attention: implementation of `ops.tree_attention`: "auto", "torch", ...
         gradient_checkpointing: "none"; "full": keep the input of every decoder layer alone and recompute the
             layer in the backward; "keep_attention": keep its attention's output and log-sum-exp besides, so
@@ -153,7 +157,7 @@ class Policy:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | nn.Module,
         *,
         attention: str = "auto",
         gradient_checkpointing: str | bool = "none",
@@ -173,6 +177,7 @@ class Policy:
                 f"gradient_checkpointing={gradient_checkpointing!r}: choose from {', '.join(CHECKPOINTING)}"
             )
         self._causal: Any = causal
+        self._alone = False  # whether no DDP around the model was found
         self._layers: list[Any] = [m for m in causal.modules() if hasattr(type(m), "gradient_checkpointing")]
         self._compiled: list[tuple[Any, Any]] = []
         if compile is not None:
@@ -249,19 +254,40 @@ class Policy:
             )
         if self.gradient_checkpointing == "keep_attention":
             call.kept = {}
-        with self._inside(config), self._checkpointing(config):
-            out = self._causal.model(
+        if torch.is_grad_enabled():
+            self._check_replica()
+
+        def run() -> Tensor:
+            decoder: Any = self._causal.model
+            out = decoder(
                 input_ids=input_ids[None],
                 position_ids=position_ids[None],
                 use_cache=False,
                 pact_tree=call,
             )
+            return out.last_hidden_state[0]
+
+        with self._inside(config), self._checkpointing(config):
+            hidden = within_forward(self.model, run)
         if call.layers != config.num_hidden_layers:
             raise RuntimeError(
                 f"{call.layers} of {config.num_hidden_layers} layers ran the tree attention: another one "
                 "would read the tree as something else; remove what replaces the model's attention"
             )
-        return out.last_hidden_state[0]
+        return hidden
+
+    def _check_replica(self) -> None:
+        """ValueError where DDP would not exchange the gradients of what Policy computes."""
+        if not isinstance(self.model, DistributedDataParallel):
+            if not self._alone:
+                check_exchanged(self._causal)
+                self._alone = True
+        elif self.model.find_unused_parameters and self.head.weight.requires_grad:
+            raise ValueError(
+                "DistributedDataParallel(..., find_unused_parameters=True) takes the LM head for unused, "
+                "which the loss reads beside the forward: leave it False (in the arguments of transformers "
+                "and TRL, ddp_find_unused_parameters=False)"
+            )
 
     @torch.no_grad()
     def stream(self, pack: TreePack, chunk_tokens: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from pact_fast.ops import linear_logprob
 from pact_fast.tree.packing import TreePack, check_ids, pack_tree, plan_packs
@@ -17,7 +16,7 @@ Tokens = Sequence[int] | Tensor
 
 
 def sequence_logprobs(
-    model: Policy | PreTrainedModel,
+    model: Policy | nn.Module,
     sequences: Sequence[Tokens],
     *,
     temperature: float = 1.0,
@@ -32,7 +31,7 @@ def sequence_logprobs(
         logprobs = logits.log_softmax(-1).gather(1, sequence[1:, None])[:, 0]
 
     Args:
-        model: a Policy, or a Hugging Face causal LM of a family that Policy accepts.
+        model: a Policy, or what Policy takes: a Hugging Face causal LM, with PEFT or DDP around it or not.
         sequences: lists or [len] tensors of token ids, len >= 1.
         temperature: divides the logits.
         token_budget: packed tokens of one forward. More take several: with gradients, packs that repeat the
@@ -54,7 +53,7 @@ def sequence_logprobs(
 
 
 def context_logprobs(
-    model: Policy | PreTrainedModel,
+    model: Policy | nn.Module,
     prompt: Tokens,
     privileged_prompt: Tokens,
     rollouts: Sequence[Tokens],
@@ -88,7 +87,7 @@ def context_logprobs(
     return scores[: len(bodies)], scores[len(bodies) :]
 
 
-def _policy(model: Policy | PreTrainedModel, impl: str) -> Policy:
+def _policy(model: Policy | nn.Module, impl: str) -> Policy:
     return model if isinstance(model, Policy) else Policy(model, attention=impl)
 
 
