@@ -30,7 +30,7 @@ GPU_SHAPES = (
         logits="peaked",
         why="filtering peers look good on random logits only",
     ),
-    Shape({"N": 8192, "H": 2048, "V": QWEN}, peers=False, why="Qwen3-1.7B"),
+    Shape({"N": 8192, "H": 2048, "V": QWEN}, why="Qwen3-1.7B; the shape at which QuACK runs"),
     Shape({"N": 8192, "H": 2560, "V": QWEN}, peers=False, why="Qwen3-4B"),
     Shape({"N": 32768, "H": 4096, "V": QWEN}, peers=False, why="a long pack: offsets past 2^31"),
 )

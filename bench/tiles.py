@@ -87,7 +87,7 @@ class Work:
         from pact_fast.kernels.tree_attention import triton as kernels
 
         self.kernels = kernels
-        geometry, heads, kv_heads = (GPU_SWEEP[0], 16, 8) if GPU else (Geometry(40, 20, 20, 2), 2, 1)
+        geometry, heads, kv_heads = (GPU_SWEEP[0], 16, 8) if GPU else (Geometry(12, 8, 8, 1), 2, 1)
         pack = pack_tree(geometry.sequences("both", 1000)[0]).to(DEVICE)
         self.shape = f"{geometry} Hq={heads} Hkv={kv_heads} D={head_dim}"
         self.plan = TilePlan(pack.subtree_end, tree_depth(pack.subtree_end.cpu().numpy()), None)

@@ -35,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds, at least (default 5)")
     parser.add_argument("--main-shape", action="store_true", help="only the main lengths and contexts")
     parser.add_argument("--out", type=Path, default=LOCAL, help=OUT_HELP)
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what this commit has rows of in --out"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(BENCHES)}")
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         from pact_fast.train.build import keep_freed_memory
 
         keep_freed_memory()  # of all variants alike, as a trainer on a CPU does
-    out, only = Rows(args.out, DEVICE), slice(0, 1 if args.main_shape else None)
+    out, only = Rows(args.out, DEVICE, resume=args.resume), slice(0, 1 if args.main_shape else None)
     for what in args.what or BENCHES:
         if what == "attention":
             shapes = "main" if args.main_shape else "all"

@@ -188,6 +188,8 @@ def bench_model(
             sequences, starts = geometry.sequences(chosen, vocab)
             runs, tree, packed_tokens = train_steps(policy, sequences, starts)
             shape = f"{geometry} {chosen} tree={tree.num_tokens} packed={packed_tokens}"
+            if out.has("train_step", "whole", shape):
+                continue
             flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=True)
             measure_model(out, "train_step", shape, runs, seconds, flops, least)
             free()
@@ -196,7 +198,8 @@ def bench_model(
         tree = pack_tree(sequences).to(DEVICE)
         flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=False)
         shape = f"{geometry} tree={tree.num_tokens}"
-        measure_model(out, "score_both_contexts", shape, runs, seconds, flops, least)
+        if not out.has("score_both_contexts", "whole", shape):
+            measure_model(out, "score_both_contexts", shape, runs, seconds, flops, least)
         model.zero_grad(set_to_none=True)
         free()
 

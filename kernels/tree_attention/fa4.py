@@ -49,7 +49,7 @@ def refusal(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> s
         return f"takes head_dim {known[0]} to {known[-1]} in steps of 8 here, got {head_dim}"
     if dtype not in DTYPES:
         return f"takes bfloat16 or float16, got {dtype}"
-    return None if installed() else f"needs the package {PACKAGE}: pip install 'pact_fast[fa4]'"
+    return None if installed() else f"needs the package {PACKAGE}: pip install 'pact-fast[fa4]'"
 
 
 def block_sizes(

@@ -37,7 +37,7 @@ OPTIONAL = (
     ("peft", "LoRA training"),
     (
         "flash-attn-4",
-        "tree attention at twice the speed on sm_90 and sm_100 (`pip install 'pact_fast[fa4]'`)",
+        "tree attention at twice the speed on sm_90 and sm_100",
     ),
     ("torchao", "8-bit AdamW"),
     ("bfcl-eval", "the `bfcl` environment"),
@@ -48,7 +48,7 @@ EXTRAS = {
     "triton": "pip install 'pact-fast[triton]'",
     "liger-kernel": "pip install liger-kernel",
     "peft": "pip install 'pact-fast[lora]'",
-    "flash-attn": "pip install flash-attn --no-build-isolation",
+    "flash-attn-4": "pip install 'pact-fast[fa4]'",
     "torchao": "pip install 'pact-fast[adamw8bit]'",
     "bfcl-eval": "pip install --no-deps bfcl-eval==2026.3.23 && pip install 'pact-fast[bfcl]'",
     "wandb": "pip install 'pact-fast[wandb]'",

@@ -145,7 +145,7 @@ def test_what_it_cannot_do_is_said_with_the_way_out(monkeypatch):
     assert "head_dim" in fa4.refusal(256, torch.bfloat16, (10, 0))
     assert "float32" in fa4.refusal(128, torch.float32, (9, 0))
     monkeypatch.setattr(fa4, "installed", lambda: False)
-    assert "pact_fast[fa4]" in fa4.refusal(128, torch.bfloat16, (9, 0))
+    assert "pact-fast[fa4]" in fa4.refusal(128, torch.bfloat16, (9, 0))
     with pytest.raises(ValueError, match="needs CUDA tensors"):
         tree_plan(torch.tensor([1], dtype=torch.int32), impl="fa4")
 
@@ -185,7 +185,7 @@ def test_the_kernels_compile_for_hopper_with_our_masks_and_lists(head_dim, windo
     """Without a GPU. PACT_FAST_FA4_PYTHON: an interpreter that has the packages, where this one has not."""
     python = os.environ.get("PACT_FAST_FA4_PYTHON", sys.executable)
     if python == sys.executable and not fa4.installed():
-        pytest.skip("flash-attn-4 is not installed (pip install 'pact_fast[fa4]')")
+        pytest.skip("flash-attn-4 is not installed (pip install 'pact-fast[fa4]')")
     words = [python, "-c", textwrap.dedent(COMPILE), *map(str, (head_dim, window, first))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
