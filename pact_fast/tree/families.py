@@ -217,15 +217,6 @@ def model_flops(
     return linear + (3 if backward else 1) * 4 * family.heads * family.head_dim * pairs
 
 
-def check_full_attention(family: Family, who: str) -> None:
-    """ValueError unless every token of every layer sees all before it: `who` knows no sliding window."""
-    if windows := sorted(w for w in _windows(family) if w is not None):
-        raise ValueError(
-            f"{family.name} has sliding_attention layers (window {windows[0]}): {who} needs full attention "
-            "in every layer; use another rollout engine or server for this model"
-        )
-
-
 def causal_lm(model: nn.Module) -> Any:
     """The transformers causal LM itself: what DDP or PEFT has wrapped, else the model."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
