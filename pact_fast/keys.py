@@ -43,7 +43,6 @@ ALIASES = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.targets",
-    "loss_type": "objective.normalization",
 }
 NOT_THE_SAME = {  # names that mean something else elsewhere: what to give instead
     "per_device_train_batch_size": "train.prompts_per_step (prompts, of all devices) and train.token_budget",
@@ -51,6 +50,7 @@ NOT_THE_SAME = {  # names that mean something else elsewhere: what to give inste
     "num_train_epochs": "train.max_steps",
     "steps_per_generation": "train.num_mini_batches",
     "bf16": "model.dtype=bfloat16",
+    "loss_type": "a preset, and objective.normalization",
 }
 
 
@@ -167,42 +167,3 @@ def out_of_bounds(section: Any) -> tuple[str, Any, Bounds] | None:
         if not bounds.hold(value):
             return item.name, value, bounds
     return None
-
-
-RENAMED_KEYS = {  # old key: what it is called now
-    "objective.reasoning_segments": "objective.reasoning_levels",
-    "objective.engine_correction_cap": "objective.importance_ratio_cap",
-    "env.train_file": "env.settings.train_path",
-    "env.validation_file": "env.settings.validation_path",
-    "env.test_file": "env.settings.test_path",
-}
-DROPPED_KEYS = {  # old key: why there is none any more
-    "rollout.per_sequence_seed": "every rollout is drawn from a seed of its own: remove it",
-    "rollout.row_seeds": "every rollout is drawn from a seed of its own: remove it",
-}
-RENAMED_VALUES = {  # (key, old value): what it is called now
-    ("rollout.engine", "hf"): "in_process",
-    ("rollout.engine", "hf-batching"): "in_process",
-}
-
-# Names of TRL and transformers for the same thing; a key's own last part is taken without its section, too.
-ALIASES = {
-    "run_name": "run.name",
-    "output_dir": "run.dir",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep_last",
-    "eval_steps": "eval.every",
-    "model_name_or_path": "model.path",
-    "lora_r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.targets",
-    "loss_type": "objective.normalization",
-}
-NOT_THE_SAME = {  # names that mean something else elsewhere: what to give instead
-    "per_device_train_batch_size": "train.prompts_per_step (prompts, of all devices) and train.token_budget",
-    "gradient_accumulation_steps": "train.token_budget: packs of a step add up by themselves",
-    "num_train_epochs": "train.max_steps",
-    "steps_per_generation": "train.num_mini_batches",
-    "bf16": "model.dtype=bfloat16",
-}

@@ -201,5 +201,5 @@ def test_a_dry_run_prints_what_a_run_comes_to_and_runs_nothing(tmp_path, capsys)
 def test_a_boolean_of_gradient_checkpointing_is_told_its_name(tmp_path, old, new):
     path = tmp_path / "old.yaml"
     path.write_text(f"model:\n  gradient_checkpointing: {old}\n")
-    with pytest.raises(ConfigError, match=f"model.gradient_checkpointing=.* is now {new}"):
+    with pytest.raises(ConfigError, match=f"model.gradient_checkpointing=.* was renamed to '{new}'"):
         load_config(path)
