@@ -11,10 +11,16 @@ import torch
 from torch.nn import functional as F
 
 from bench.registry import Op, Run, Shape, Unavailable, provider, register
-from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
-from pact_fast.kernels.lm_head import rows_cuda
+from pact_fast import (
+    linear_cross_entropy,
+    linear_divergence,
+    linear_logprob,
+    linear_pact_loss,
+    linear_token_loss,
+)
 
 FORWARD, TRAIN, LIVE30 = "forward", "forward+backward", "live30"
+OWN, LOW = "loss of one's own", "low memory"  # of linear_pact_loss, forward+backward
 
 QWEN = 151_936
 GPU_SHAPES = (
@@ -24,7 +30,7 @@ GPU_SHAPES = (
         logits="peaked",
         why="filtering peers look good on random logits only",
     ),
-    Shape({"N": 8192, "H": 2048, "V": QWEN}, peers=False, why="Qwen3-1.7B"),
+    Shape({"N": 8192, "H": 2048, "V": QWEN}, why="Qwen3-1.7B; the shape at which QuACK runs"),
     Shape({"N": 8192, "H": 2560, "V": QWEN}, peers=False, why="Qwen3-4B"),
     Shape({"N": 32768, "H": 4096, "V": QWEN}, peers=False, why="a long pack: offsets past 2^31"),
 )
@@ -92,8 +98,6 @@ cross_entropy = register(
 def need_gpu(impl: str, i: SimpleNamespace) -> None:
     if impl != "torch" and not i.hidden.is_cuda:
         raise Unavailable("its kernels need a GPU")
-    if impl == "cuda" and rows_cuda.library_path() is None:
-        raise Unavailable(f"{rows_cuda.LIBRARY} was not built")
 
 
 def ours_cross_entropy(impl: str):
@@ -106,7 +110,11 @@ def ours_cross_entropy(impl: str):
 
         def run():
             loss = linear_cross_entropy(
-                i.hidden, i.weight, target, token_weight=weight, row_index=rows, impl=impl
+                *(i.hidden, i.weight, target),
+                token_weight=weight,
+                reduction="sum",
+                row_index=rows,
+                impl=impl,
             )
             return gradients(i, loss)
 
@@ -197,7 +205,7 @@ def quack_cross_entropy(i: SimpleNamespace, mode: str) -> Run:
     return lambda: gradients(i, chunked_linear_cross_entropy(i.hidden, i.weight, i.target, reduction="mean"))
 
 
-for impl in ("torch", "triton", "cuda"):
+for impl in ("torch", "triton"):
     provider(cross_entropy, f"pact_fast/{impl}", always=True)(ours_cross_entropy(impl))
 for impl in ("cce", "cce_exact"):
     provider(cross_entropy, f"cut-cross-entropy/{impl}")(cut_cross_entropy(impl))
@@ -222,20 +230,34 @@ def exact_pact_loss(i: SimpleNamespace, mode: str) -> dict[str, torch.Tensor]:
 
 
 pact_loss = register(
-    Op("linear_pact_loss", (TRAIN,), make_inputs, exact_pact_loss, GPU_SHAPES, CPU_SHAPES, GATE)
+    Op("linear_pact_loss", (TRAIN, OWN, LOW), make_inputs, exact_pact_loss, GPU_SHAPES, CPU_SHAPES, GATE)
 )
 provider(pact_loss, "torch/logits")(plain_pact_loss)
-provider(pact_loss, "gemms/3", always=True)(three_gemms)
+
+
+@provider(pact_loss, "gemms/floor", always=True)
+def pact_gemms(i: SimpleNamespace, mode: str) -> Run:
+    """Three products; four where the logits are computed again."""
+    return four_gemms(i, mode) if mode == LOW else three_gemms(i, mode)
+
+
+def own_loss(i: SimpleNamespace, logprobs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The same loss as a user of linear_token_loss writes it."""
+    ratio, advantages = (logprobs - logprobs.detach()).exp(), i.advantages[rows]
+    return -i.token_weight[rows] * torch.min(ratio * advantages, ratio.clip(0.8, 1.2) * advantages)
 
 
 def ours_pact_loss(impl: str):
     def make(i: SimpleNamespace, mode: str) -> Run:
         need_gpu(impl, i)
+        memory = "low" if mode == LOW else "fast"
 
         def run():
-            out = linear_pact_loss(
-                i.hidden, i.weight, i.target, policy_weight=i.token_weight, advantages=i.advantages, impl=impl
-            )
+            if mode == OWN:
+                loss_fn = lambda logprobs, entropy, rows: own_loss(i, logprobs, rows)  # noqa: E731
+                return gradients(i, linear_token_loss(i.hidden, i.weight, i.target, loss_fn, impl=impl).loss)
+            terms = {"policy_weight": i.token_weight, "advantages": i.advantages}
+            out = linear_pact_loss(i.hidden, i.weight, i.target, **terms, memory=memory, impl=impl)
             return gradients(i, out.loss)
 
         return run
@@ -249,12 +271,14 @@ def liger_grpo(i: SimpleNamespace, mode: str) -> Run:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
     settings = {"beta": 0.0, "use_ref_model": False, "loss_type": "dapo", "compiled": i.hidden.is_cuda}
+    if mode != TRAIN:
+        raise Unavailable("is what it is in the mode forward+backward")
     loss = LigerFusedLinearGRPOLoss(**settings, chunk_size=1024)
     ids, mask = i.target[:, None], torch.ones_like(i.target[:, None], dtype=torch.float32)
     return lambda: gradients(i, loss(i.hidden[:, None], i.weight, ids, mask, i.advantages)[0])
 
 
-for impl in ("torch", "triton", "cuda"):
+for impl in ("torch", "triton"):
     provider(pact_loss, f"pact_fast/{impl}", always=True)(ours_pact_loss(impl))
 
 
@@ -324,3 +348,102 @@ def ours_logprobs(impl: str):
 
 for impl in ("torch", "triton"):
     provider(logprob, f"pact_fast/{impl}", always=True)(ours_logprobs(impl))
+
+
+# ---- linear_divergence: pairs of rows of one model, every row once the student and once the teacher
+
+KINDS = ("reverse_kl", "forward_kl", "jsd")
+TOP_K = "reverse_kl top 100"
+
+
+def exact_divergence(i: SimpleNamespace, mode: str) -> dict[str, torch.Tensor]:
+    return plain_divergence(widened(i), mode)()
+
+
+divergence = register(
+    Op(
+        "linear_divergence",
+        (*KINDS, TOP_K),
+        make_inputs,
+        exact_divergence,
+        tuple(shape for shape in GPU_SHAPES if shape.sizes["N"] == 8192),
+        CPU_SHAPES,
+        GATE,
+    )
+)
+
+
+def pairs(i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.arange(len(i.target), device=i.target.device)
+    return rows, rows.roll(1)
+
+
+@provider(divergence, "torch/logits")
+def plain_divergence(i: SimpleNamespace, mode: str) -> Run:
+    student, teacher = pairs(i)
+
+    def run():
+        logits = (i.hidden @ i.weight.T).to(torch.promote_types(i.hidden.dtype, torch.float32))
+        p, q = logits[student].log_softmax(-1), logits[teacher].detach().log_softmax(-1)
+        if mode == TOP_K:
+            index = q.topk(100).indices
+            p, q = (bucketed(l, index) for l in (p, q))
+        if mode == "forward_kl":
+            rows = (q.exp() * (q - p)).sum(-1)
+        elif mode == "jsd":
+            m = torch.logaddexp(p, q) - torch.tensor(2.0).log()
+            rows = ((q.exp() * (q - m)).sum(-1) + (p.exp() * (p - m)).sum(-1)) / 2
+        else:
+            rows = (p.exp() * (p - q)).sum(-1)
+        return gradients(i, (rows * i.token_weight).sum())
+
+    return run
+
+
+def bucketed(logp: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    rest = logp.scatter(1, index, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat((logp.gather(1, index), rest), -1)
+
+
+@provider(divergence, "gemms/4", always=True)
+def divergence_gemms(i: SimpleNamespace, mode: str) -> Run:
+    """The floor: logits of both sides, dX and dW."""
+    return four_gemms(i, TRAIN)
+
+
+@provider(divergence, "trl/chunked_divergence")
+def trl_divergence(i: SimpleNamespace, mode: str) -> Run:
+    if mode == TOP_K:
+        raise Unavailable("has no buckets")
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    (student, teacher), w = pairs(i), i.weight.detach()
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[mode]
+
+    def run():
+        x, y = i.hidden[student], i.hidden.detach()[teacher]
+        rows, _ = ChunkedDivergenceFunction.apply(x, i.weight, None, y, w, None, beta)
+        return gradients(i, (rows * i.token_weight).sum())
+
+    return run
+
+
+def ours_divergence(impl: str):
+    def make(i: SimpleNamespace, mode: str) -> Run:
+        need_gpu(impl, i)
+        rows = pairs(i)
+        options = {"kind": "reverse_kl", "top_k": 100} if mode == TOP_K else {"kind": mode}
+
+        def run():
+            loss = linear_divergence(
+                i.hidden, i.weight, *rows, row_weight=i.token_weight, impl=impl, **options
+            )
+            return gradients(i, loss)
+
+        return run
+
+    return make
+
+
+for impl in ("torch", "triton"):
+    provider(divergence, f"pact_fast/{impl}", always=True)(ours_divergence(impl))

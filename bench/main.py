@@ -7,7 +7,9 @@ from collections.abc import Sequence
 COMMANDS = {  # module bench.NAME with `main(argv) -> exit status`: what it does
     "ops": "the ops beside their peers: times, memory, targets (what runs without a sub-command)",
     "tree": "token trees beside one-by-one packing: attention, training step, scoring, packer",
+    "tiles": "tile shapes of the Triton tree attention, timed in one run",
     "step": "a training step of the default config on the CPU: token tree against one by one",
+    "sandbox": "tool calls a second, and what one costs",
     "rollout": "rollouts beside transformers: tokens/s, time to first token, share of the memory floor",
     "resources": "registers, spills and instructions of every Triton kernel, compiled without a GPU",
 }

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import bench.decode
 import bench.head
-import bench.tree_attention  # noqa: F401  both register their ops
+import bench.tree_attention  # noqa: F401  they register their ops
 from bench.registry import OPS
-from bench.report import plot, print_table, print_targets
+from bench.report import plot, print_table
 from bench.rows import LOCAL, OUT_HELP, Rows, read_csv
 from bench.runner import DEVICE, DTYPE, GPU, measure, reason
+from bench.targets import print_targets
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -37,6 +39,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=LOCAL, help=f"{OUT_HELP}; the plot lies beside it")
     parser.add_argument("--targets", action="store_true", help="print the targets from the rows in --out")
+    parser.add_argument("--tests", choices=("green", "red", "not run"), help="with --targets: the GPU tests")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what this commit has rows of in --out"
+    )
     return parser.parse_args(argv)
 
 
@@ -47,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
         if not rows:
             print(f"no CSV rows in {args.out}: run pact-fast bench first", file=sys.stderr)
             return 1
-        print_targets(rows)
+        print_targets(rows, args.tests)
         return 0
-    out = Rows(args.out, DEVICE, echo=False)
+    out = Rows(args.out, DEVICE, echo=False, resume=args.resume)
     bench_ops(out, args.op or OPS, args.shapes, args.seconds, args.rounds, args.provider)
     try:
         plot(out.rows, out.path.with_suffix(".png"))
@@ -67,6 +73,8 @@ def bench_ops(
         every = op.gpu_shapes if GPU else op.cpu_shapes
         for shape in {"main": every[:1], "others": every[1:], "all": every}[shapes]:
             for mode in op.modes:
+                if out.has(op.name, mode, shape):
+                    continue
                 begin = len(out.rows)
                 try:
                     measure(

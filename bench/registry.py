@@ -1,4 +1,4 @@
-"""The registry of microbenchmarks: ops x providers x shapes. head.py and tree_attention.py register."""
+"""The registry of microbenchmarks: ops x providers x shapes. head, tree_attention and decode register."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -27,9 +27,10 @@ class Rows:
         out: the file, if it ends in .csv; else a folder, in which the file is named after the device.
         device: "cuda" or "cpu", where the measured code runs.
         echo: print each row, too.
+        resume: `has` knows the rows that this commit has already in the file, of this device.
     """
 
-    def __init__(self, out: Path, device: str, *, echo: bool = True) -> None:
+    def __init__(self, out: Path, device: str, *, echo: bool = True, resume: bool = False) -> None:
         self.where = machine(device)
         name = self.where["gpu"].replace(" ", "-").lower()
         self.path = out if out.suffix == ".csv" else out / f"{name}.csv"
@@ -42,6 +43,16 @@ class Rows:
         with self.path.open(newline="") as file:
             if tuple(next(csv.reader(file))) != COLUMNS:
                 raise ValueError(f"--out: {self.path} has other columns than a bench's; name another file")
+        same = ("gpu", "commit", "torch", "triton")
+        self._old = {
+            (row["op"], row["mode"], row["shape"])
+            for row in (read_csv(self.path) if resume else [])
+            if all(row[name] == self.where[name] for name in same)
+        }
+
+    def has(self, op: str, mode: str, shape: object) -> bool:
+        """Whether a call before, which this one goes on with, has measured it."""
+        return (op, mode, str(shape)) in self._old
 
     def add(
         self, op: str, name: str, mode: str, shape: object, dtype: torch.dtype, metric: str, unit: str,
@@ -67,11 +78,11 @@ class Rows:
             self.failed.append(f"{op} {name}")
 
     def status(self) -> int:
-        """Exit status of the bench: 1 where one of ours failed or nothing was measured."""
+        """Exit status of the bench: 1 where one of ours failed or nothing was measured, now or before."""
         print(f"{len(self.rows)} rows appended to {self.path}")
         for what in self.failed:
             print(f"FAILED {what}")
-        return 1 if self.failed or not self.rows else 0
+        return 1 if self.failed or not (self.rows or self._old) else 0
 
     def _append(self, values: Sequence[str]) -> None:
         with self.path.open("a", newline="") as file:

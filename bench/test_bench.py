@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+import bench.decode
 import bench.head
-import bench.tree_attention  # noqa: F401  both register their ops
+import bench.tree_attention  # noqa: F401  they register their ops
 from bench.registry import OPS, Unavailable
 from bench.runner import gate
 
-NEEDS_GPU = ("cut-cross-entropy/", "quack/", "flex/", "flash/")
+NEEDS_GPU = ("cut-cross-entropy/", "quack/", "flex/")
 PACKAGES = {"trl": "trl", "liger": "liger_kernel", "prefix_grouper": "prefix_grouper"}
 
 CASES = [
@@ -17,7 +18,7 @@ CASES = [
     for shape in op.cpu_shapes[:1]
     for mode in op.modes
     for name in op.providers
-    if not name.startswith(NEEDS_GPU) and not name.endswith(("/triton", "/cuda"))
+    if not name.startswith(NEEDS_GPU) and not name.endswith(("/triton", "/fa4"))
 ]
 
 

@@ -1,6 +1,7 @@
-"""Token trees beside one-by-one packing: attention, training step, scoring pass, packer.
+"""Token trees beside one-by-one packing: attention, training step, step over the budget, scoring, packer.
 
-    pact-fast bench tree [attention] [model] [packer] [--seconds 3] [--rounds 5] [--main-shape] [--out PATH]
+    pact-fast bench tree [attention] [model] [streaming] [packer] [--seconds 3] [--rounds 5] [--main-shape]
+                         [--out PATH]
 
 On a GPU: attention at the head counts of Qwen3-1.7B and 4B, and a Qwen3-1.7B-shaped model with random
 weights.
@@ -19,8 +20,9 @@ from bench.rows import LOCAL, OUT_HELP, Rows
 from bench.runner import DEVICE, GPU
 from bench.tree_model import bench_model
 from bench.tree_packer import bench_packer
+from bench.tree_streaming import bench_streaming
 
-BENCHES = ("attention", "model", "packer")
+BENCHES = ("attention", "model", "streaming", "packer")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds, at least (default 5)")
     parser.add_argument("--main-shape", action="store_true", help="only the main lengths and contexts")
     parser.add_argument("--out", type=Path, default=LOCAL, help=OUT_HELP)
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what this commit has rows of in --out"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(BENCHES)}")
@@ -40,13 +45,15 @@ def main(argv: Sequence[str]) -> int:
         from pact_fast.train.build import keep_freed_memory
 
         keep_freed_memory()  # of all variants alike, as a trainer on a CPU does
-    out, only = Rows(args.out, DEVICE), slice(0, 1 if args.main_shape else None)
+    out, only = Rows(args.out, DEVICE, resume=args.resume), slice(0, 1 if args.main_shape else None)
     for what in args.what or BENCHES:
         if what == "attention":
             shapes = "main" if args.main_shape else "all"
             bench_ops(out, ["tree_attention"], shapes, args.seconds, args.rounds)
         elif what == "model":
             bench_model(out, args.seconds, args.rounds, SWEEP[only], CONTEXTS[only])
+        elif what == "streaming":
+            bench_streaming(out, args.seconds, args.rounds)
         else:
             bench_packer(out, args.seconds, args.rounds)
     return out.status()

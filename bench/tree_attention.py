@@ -1,4 +1,4 @@
-"""Tree attention beside FlexAttention, flash-attn, a one-level prefix grouper and SDPA one by one.
+"""Tree attention beside FlexAttention, a one-level prefix grouper and SDPA one by one.
 
 Modes: forward, backward, forward+backward. In effective TFLOP/s, too: floating-point operations of the
 visible pairs of the tree only, whatever a provider computes beside them.
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bench.geometry import CPU_SWEEP, GPU_SWEEP, Geometry
 from bench.registry import Op, Run, Shape, Unavailable, provider, register
 from pact_fast import TreePack, pack_tree
+from pact_fast.kernels.tree_attention import fa4
 from pact_fast.ops import tree_attention, tree_plan
 
 FORWARD, BACKWARD, TRAIN = "forward", "backward", "forward+backward"
@@ -132,6 +133,8 @@ def ours(impl: str):
     def make(i: Inputs, mode: str) -> Run:
         if (impl == "torch") == i.q.is_cuda:
             raise Unavailable("the CPU's path" if impl == "torch" else "its kernels need a GPU")
+        if impl == "fa4" and not fa4.installed():
+            raise Unavailable(f"no {fa4.PACKAGE}")
         plan = tree_plan(i.pack.subtree_end, impl=impl)
         everything = torch.arange(i.pack.num_tokens, device=i.q.device)
         attend = lambda: [tree_attention(i.q, i.k, i.v, i.pack.subtree_end, plan=plan)]  # noqa: E731
@@ -140,7 +143,7 @@ def ours(impl: str):
     return make
 
 
-for name in ("pact_fast/triton", "pact_fast/torch", "flex/flex", "flash/flash"):
+for name in ("pact_fast/fa4", "pact_fast/triton", "pact_fast/torch", "flex/flex"):
     provider(op, name)(ours(name.split("/")[1]))
 
 

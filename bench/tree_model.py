@@ -88,7 +88,8 @@ def plain_step(policy: Policy, sequences, starts, total: int):
     loss = 0.0
     for sequence, start in zip(sequences, starts, strict=True):
         ids = torch.as_tensor(sequence, device=DEVICE)
-        hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        with policy.fused_layers():  # the same layers on both sides
+            hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         weight = torch.full((len(sequence) - start,), 1 / total, device=DEVICE)
         value = linear_pact_loss(
             hidden[start - 1 : -1], policy.head.weight, ids[start:], policy_weight=weight,
@@ -116,7 +117,8 @@ def scoring_passes(policy: Policy, geometry: Geometry, vocab: int):
         out = []
         for sequence, start in zip(sequences, starts, strict=True):
             ids = torch.as_tensor(sequence, device=DEVICE)
-            hidden = policy.model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            with policy.fused_layers():
+                hidden = policy.model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
             out.append(linear_logprob(hidden[start - 1 : -1], policy.head.weight, ids[start:]))
         return {"logprobs": torch.cat(out)}
 
@@ -177,13 +179,17 @@ def bench_model(
     contexts: Sequence[str] = CONTEXTS,
 ) -> None:
     model = make_model()
-    policy = Policy(model, gradient_checkpointing=GPU)  # a long one-by-one pass does not fit without it
+    policy = Policy(
+        model, gradient_checkpointing="keep_attention" if GPU else "none", kernels="auto"
+    )  # a long one-by-one pass does not fit without it
     vocab = model.config.vocab_size
     for geometry in sweep:
         for chosen in contexts:
             sequences, starts = geometry.sequences(chosen, vocab)
             runs, tree, packed_tokens = train_steps(policy, sequences, starts)
             shape = f"{geometry} {chosen} tree={tree.num_tokens} packed={packed_tokens}"
+            if out.has("train_step", "whole", shape):
+                continue
             flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=True)
             measure_model(out, "train_step", shape, runs, seconds, flops, least)
             free()
@@ -192,7 +198,8 @@ def bench_model(
         tree = pack_tree(sequences).to(DEVICE)
         flops = tree_flops(policy, tree, rows_of(tree, starts).numel(), backward=False)
         shape = f"{geometry} tree={tree.num_tokens}"
-        measure_model(out, "score_both_contexts", shape, runs, seconds, flops, least)
+        if not out.has("score_both_contexts", "whole", shape):
+            measure_model(out, "score_both_contexts", shape, runs, seconds, flops, least)
         model.zero_grad(set_to_none=True)
         free()
 

@@ -5,8 +5,13 @@ training pass never exist; TRL's loss, sampling and metrics stay as they are. He
 with the package is trained for three steps to begin with the call that an expert begins with.
 
     python examples/trl_grpo.py
+    torchrun --standalone --nproc-per-node 2 examples/trl_grpo.py --lora     # two processes, adapters (peft)
+
+The model may have adapters around it, and in several processes DistributedDataParallel: the log-probs are
+then made inside of its forward, without which it would not exchange gradients.
 """
 
+import argparse
 import logging
 import tempfile
 
@@ -19,6 +24,14 @@ from pact_fast import linear_logprob
 from pact_fast.data import ChatFormat
 from pact_fast.envs import make_env
 from pact_fast.envs.toolbox.base_model import base_model_path
+from pact_fast.tree.families import causal_lm
+from pact_fast.tree.replicas import within_forward
+
+
+def adapters():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -33,27 +46,43 @@ class FusedGRPOTrainer(GRPOTrainer):
         **kwargs,
     ):
         """log-probs [B, K] of the last K = logits_to_keep tokens, entropies [B, K] or None, None."""
-        model = self.accelerator.unwrap_model(model)
+        causal = causal_lm(model)
         logprobs, entropies = [], []
         size = batch_size or len(input_ids)
         for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            hidden = hidden[:, -logits_to_keep - 1 : -1]  # [b, K, H]: the state before each kept token
             target = ids[:, -logits_to_keep:]
-            logprob, entropy = linear_logprob(
-                hidden.flatten(0, 1),
-                model.lm_head.weight,
-                target.flatten(),
-                temperature=self.temperature,
-                return_entropy=True,
-            )
+
+            def score(ids=ids, mask=mask, target=target):
+                with self.accelerator.autocast():
+                    hidden = causal.model(input_ids=ids, attention_mask=mask).last_hidden_state
+                hidden = hidden[:, -logits_to_keep - 1 : -1]  # [b, K, H]: the state before each kept token
+                return linear_logprob(
+                    hidden.flatten(0, 1),
+                    causal.lm_head.weight,
+                    target.flatten(),
+                    temperature=self.temperature,
+                    return_entropy=True,
+                )
+
+            logprob, entropy = within_forward(model, score)
             logprobs.append(logprob.view_as(target))
             entropies.append(entropy.view_as(target))
         self.calls = getattr(self, "calls", 0) + 1
         return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
 
 
+def difference_of_ranks(trainer) -> float:
+    """The largest difference of a trained weight between processes: 0 where gradients were exchanged."""
+    weights = [p for p in trainer.accelerator.unwrap_model(trainer.model).parameters() if p.requires_grad]
+    mine = torch.cat([p.detach().flatten() for p in weights])
+    everyone = trainer.accelerator.gather(mine[None])
+    return float((everyone - everyone[:1]).abs().max())
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="GRPO of TRL over pact_fast's log-probs")
+    parser.add_argument("--lora", action="store_true", help="train adapters alone")
+    lora = parser.parse_args().lora
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
@@ -82,6 +111,7 @@ def main() -> None:
             processing_class=tokenizer,
             reward_funcs=first_call,
             train_dataset=Dataset.from_dict(data),
+            peft_config=adapters() if lora else None,
             args=GRPOConfig(
                 output_dir=folder,
                 max_steps=3,
@@ -100,12 +130,17 @@ def main() -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        difference = difference_of_ranks(trainer)
+    if not trainer.accelerator.is_main_process:
+        return
     for row in trainer.state.log_history:
         if "reward" in row:
             print(
                 f"step {row['step']}: reward {row['reward']:.2f}, entropy {row['entropy']:.3f}, "
                 f"loss {row['loss']:+.4f}"
             )
+    processes = trainer.accelerator.num_processes
+    print(f"{processes} processes, largest difference of a weight between them {difference:g}")
     print(f"{trainer.calls} passes took their log-probs from pact_fast.linear_logprob")
 
 

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from pact_fast.ops import (
     PactLossOutput,
+    TokenLossOutput,
     linear_cross_entropy,
+    linear_divergence,
     linear_logprob,
     linear_pact_loss,
+    linear_token_loss,
     tree_attention,
 )
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
@@ -45,6 +48,7 @@ __all__ = [
     "Config",
     "PactLossOutput",
     "Policy",
+    "TokenLossOutput",
     "Trainer",
     "TreePack",
     "__version__",
@@ -52,8 +56,10 @@ __all__ = [
     "context_logprobs",
     "group_advantages",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_logprob",
     "linear_pact_loss",
+    "linear_token_loss",
     "load_config",
     "pack_linear",
     "pack_tree",

@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pact_fast.config import ConfigError
+from pact_fast.files import one_line
 from pact_fast.version import __version__
 
 COMMANDS = {  # module pact_fast.commands.NAME with `main(argv) -> exit status`: what it does
     "train": "train a policy (--help lists every key)",
     "eval": "score a model on an environment",
+    "chat": "talk to a model with an environment's tools",
     "compare": "run presets x seeds x settings: one table, one plot",
-    "report": "write report.html of a run folder",
+    "report": "write report.html of a run folder, transcripts.html of an evaluation's",
     "export": "a run's weights as a plain Hugging Face folder",
     "serve": "sample for trainers elsewhere, over HTTP",
     "doctor": "what this machine has, and what each lack costs",
@@ -70,7 +72,8 @@ def _guarded(run: Callable[[list[str]], int], words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = one_line(error) if isinstance(error, OSError) else error
+        print(f"error: {told}", file=sys.stderr)
         return 2
     except ImportError as error:
         if "pip install" not in str(error):

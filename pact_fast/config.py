@@ -39,12 +39,13 @@ class ModelConfig:
     """The policy"""
 
     path: str = key("toolbox-base", "Hugging Face folder, hub name, run folder, or toolbox-base (bundled)")
-    dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "of the weights; under torchrun, of master weights"
-    )
+    dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights; under torchrun, of masters")
     chat_format: str = key("auto", "auto (what the tokenizer's template speaks), hermes, compact or llama")
     attention: str = key("auto", "tree attention: auto, or an implementation by name (see pact-fast doctor)")
-    gradient_checkpointing: bool = key(False, "compute each layer's activations again in the backward")
+    gradient_checkpointing: Literal["auto", "none", "full", "keep_attention"] = key(
+        "auto", "recompute each layer in the backward, wholly or but its attention; auto: as memory asks"
+    )
+    kernels: Literal["auto", "liger", "none"] = key("auto", "norms, RoPE, SwiGLU; auto: liger on a GPU")
     compile: str | None = key(None, "torch.compile backend of the decoder layers (inductor); none: off")
 
 
@@ -121,8 +122,9 @@ class TrainConfig:
     adam_beta2: float = key(0.999, "of AdamW", low=0, below=1)
     max_grad_norm: float = key(1.0, "norm that the gradient is clipped to", above=0)
     token_budget: int = count(16384, "packed tokens of one forward")
-    packing: Literal["tree", "none"] = key(
-        "tree", "share prefixes, or lay every sequence out alone (to compare)"
+    packing: Literal["tree", "none"] = key("tree", "share prefixes, or lay every sequence out alone")
+    prefix: Literal["auto", "stream", "recompute"] = key(
+        "auto", "shared part of a tree over the budget: computed once, or in every pack; auto: the cheaper"
     )
     max_skipped_steps: int = count(10, "updates in a row that may be non-finite before the run stops")
 
@@ -138,6 +140,9 @@ class EvalConfig:
     score_test: bool = key(True, "score the held-out split at the end")
     score_base: bool = key(True, "score the model before training, too")
     gauge_every: int = count(20, "steps between gauges of both contexts; 0: none", low=0)
+    transfer_every: int = count(
+        0, "steps between measures of pact/context_transfer, 8 backward passes each; 0: none", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -307,7 +312,7 @@ def _own_names(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_value(source: str, name: str, value: Any) -> None:
-    if isinstance(value, str) and (new := RENAMED_VALUES.get((name, value))):
+    if new := RENAMED_VALUES.get((name, str(value).lower())):
         raise ConfigError(f"{source}: {name}={value!r} was renamed to {new!r}")
 
 

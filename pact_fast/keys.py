@@ -1,4 +1,5 @@
-"""What a configuration key is: its default, one line on what it does, and the numbers that it may hold.
+"""What a configuration key is: its default, one line on what it does, the numbers that it may hold, and the
+names that it had before or has elsewhere.
 
 `key(...)` stands where a dataclass field has its default. `--help`, docs/config.md and the error texts are
 made from it, so that a key is described once. Below: names that keys and values had, or have elsewhere.
@@ -11,6 +12,46 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+RENAMED_KEYS = {  # old key: what it is called now
+    "objective.reasoning_segments": "objective.reasoning_levels",
+    "objective.engine_correction_cap": "objective.importance_ratio_cap",
+    "env.train_file": "env.settings.train_path",
+    "env.validation_file": "env.settings.validation_path",
+    "env.test_file": "env.settings.test_path",
+}
+DROPPED_KEYS = {  # old key: why there is none any more
+    "rollout.per_sequence_seed": "every rollout is drawn from a seed of its own: remove it",
+    "rollout.row_seeds": "every rollout is drawn from a seed of its own: remove it",
+}
+RENAMED_VALUES = {  # (key, old value as text): what it is called now
+    ("rollout.engine", "hf"): "in_process",
+    ("rollout.engine", "hf-batching"): "in_process",
+    ("model.gradient_checkpointing", "true"): "full",
+    ("model.gradient_checkpointing", "false"): "none",
+}
+
+# Names of TRL and transformers for the same thing; a key's own last part is taken without its section, too.
+ALIASES = {
+    "run_name": "run.name",
+    "output_dir": "run.dir",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "eval_steps": "eval.every",
+    "model_name_or_path": "model.path",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.targets",
+}
+NOT_THE_SAME = {  # names that mean something else elsewhere: what to give instead
+    "per_device_train_batch_size": "train.prompts_per_step (prompts, of all devices) and train.token_budget",
+    "gradient_accumulation_steps": "train.token_budget: packs of a step add up by themselves",
+    "num_train_epochs": "train.max_steps",
+    "steps_per_generation": "train.num_mini_batches",
+    "bf16": "model.dtype=bfloat16",
+    "loss_type": "a preset, and objective.normalization",
+}
 
 
 @dataclass(frozen=True)
@@ -126,42 +167,3 @@ def out_of_bounds(section: Any) -> tuple[str, Any, Bounds] | None:
         if not bounds.hold(value):
             return item.name, value, bounds
     return None
-
-
-RENAMED_KEYS = {  # old key: what it is called now
-    "objective.reasoning_segments": "objective.reasoning_levels",
-    "objective.engine_correction_cap": "objective.importance_ratio_cap",
-    "env.train_file": "env.settings.train_path",
-    "env.validation_file": "env.settings.validation_path",
-    "env.test_file": "env.settings.test_path",
-}
-DROPPED_KEYS = {  # old key: why there is none any more
-    "rollout.per_sequence_seed": "every rollout is drawn from a seed of its own: remove it",
-    "rollout.row_seeds": "every rollout is drawn from a seed of its own: remove it",
-}
-RENAMED_VALUES = {  # (key, old value): what it is called now
-    ("rollout.engine", "hf"): "in_process",
-    ("rollout.engine", "hf-batching"): "in_process",
-}
-
-# Names of TRL and transformers for the same thing; a key's own last part is taken without its section, too.
-ALIASES = {
-    "run_name": "run.name",
-    "output_dir": "run.dir",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep_last",
-    "eval_steps": "eval.every",
-    "model_name_or_path": "model.path",
-    "lora_r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.targets",
-    "loss_type": "objective.normalization",
-}
-NOT_THE_SAME = {  # names that mean something else elsewhere: what to give instead
-    "per_device_train_batch_size": "train.prompts_per_step (prompts, of all devices) and train.token_budget",
-    "gradient_accumulation_steps": "train.token_budget: packs of a step add up by themselves",
-    "num_train_epochs": "train.max_steps",
-    "steps_per_generation": "train.num_mini_batches",
-    "bf16": "model.dtype=bfloat16",
-}

@@ -26,6 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pact_fast.files import writing
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_DIR = "tensorboard"
 REPORT_TO = ("wandb", "trackio")
@@ -39,7 +41,7 @@ class Metric:
 
 # Names follow TRL's where TRL has one; what only PACT has stands under pact/.
 METRICS: dict[str, Metric] = {
-    "loss": Metric("total loss: policy_loss + alpha * sft_loss (+ router_loss)"),
+    "loss": Metric("total loss: policy_loss + beta_SFT * sft_loss (+ router_loss)"),
     "policy_loss": Metric("clipped surrogate of the rollouts (with KL and entropy terms where on)"),
     "sft_loss": Metric("component-weighted cross-entropy of the expert trace"),
     "router_loss": Metric(
@@ -76,6 +78,13 @@ METRICS: dict[str, Metric] = {
     "pact/ppo_kl": Metric("mean of old - new log-prob; 0 on the first update after a rollout", "nats"),
     "pact/trace_logprob": Metric("mean log-prob of the trace's supervised tokens, log pi(h|x)", "nats"),
     "pact/trace_gain": Metric("mean of log pi(y|x,h) - log pi(y|x) over sampled tokens", "nats"),
+    "pact/trace_gain_positive": Metric("trace_gain over tokens of positive advantage", "nats"),
+    "pact/trace_gain_negative": Metric("trace_gain over tokens of negative advantage", "nats"),
+    "pact/context_transfer": Metric("cosine of the policy gradients under (x,h) and under x, same rollouts"),
+    "pact/context_transfer_positive": Metric("context_transfer of tokens of positive advantage"),
+    "pact/context_transfer_negative": Metric("context_transfer of tokens of negative advantage"),
+    "pact/context_transfer_agree": Metric("context_transfer of tokens that the trace makes no less likely"),
+    "pact/context_transfer_depart": Metric("context_transfer of tokens that the trace makes less likely"),
     "pact/logprob_mismatch": Metric(
         "mean |engine - trainer| prompt-only log-prob over sampled tokens", "nats"
     ),
@@ -199,13 +208,15 @@ class MetricsLogger:
             row["nonfinite"] = nonfinite
         if not self._write:
             return row
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.run_dir / METRICS_FILE):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         numbers = {_tag(name, row): value for name, value in row.items() if _plotted(name, value)}
         if self._events is not None:
-            for tag, value in numbers.items():
-                self._events.add_scalar(tag, value, row["step"])
-            self._events.flush()
+            with writing(self.run_dir / EVENTS_DIR):
+                for tag, value in numbers.items():
+                    self._events.add_scalar(tag, value, row["step"])
+                self._events.flush()
         for tracker in self._trackers:
             tracker.log(numbers, step=row["step"])
         return row
@@ -213,9 +224,11 @@ class MetricsLogger:
     def close(self) -> None:
         if not self._write:
             return
-        self._file.close()
+        with writing(self.run_dir / METRICS_FILE):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with writing(self.run_dir / EVENTS_DIR):
+                self._events.close()
         for tracker in self._trackers:
             tracker.finish()
 
@@ -235,15 +248,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         path /= METRICS_FILE
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a cut line
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("no JSON object with an integer step")
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}: {line[:80]!r}") from error
+        except (ValueError, RecursionError) as error:
+            told = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise ValueError(f"{path}:{number}: {told}: {line[:80].decode(errors='replace')!r}") from error
         rows.append(row)
     return rows
 

@@ -15,7 +15,7 @@ else
     [ -x "$dir/bin/python" ] || python3 -m venv "$dir"
     "$dir/bin/python" -m pip install -q --upgrade pip
     "$dir/bin/python" -m pip install -q -c constraints-cpu.txt torch triton
-    "$dir/bin/python" -m pip install -q -c constraints-cpu.txt -e '.[triton,lora,bfcl,bench,test,check]'
+    "$dir/bin/python" -m pip install -q -c constraints-cpu.txt -e '.[triton,lora,bfcl,ftrl,bench,test,check]'
     "$dir/bin/python" -m pip install -q --no-deps bfcl-eval==2026.3.23 ||
         echo "bfcl-eval could not be installed: env bfcl and its tests are left out" >&2
     "$dir/bin/python" scripts/qwen3_tokenizer.py ||

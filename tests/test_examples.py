@@ -71,6 +71,16 @@ def test_trl_takes_its_logprobs_from_the_fused_op(tmp_path):
     assert numbers(r"(\d+) passes took their log-probs from", printed)[0][0] >= 3
 
 
+def test_trl_exchanges_gradients_of_adapters_between_processes(tmp_path):
+    """Two processes, DDP around a PEFT model: without the exchange each would take a step of its own."""
+    for package in ("trl", "peft"):
+        pytest.importorskip(package, reason="needs TRL and PEFT: pip install 'pact-fast[bench,lora]'")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    printed = run([*torchrun, EXAMPLES / "trl_grpo.py", "--lora"], tmp_path)
+    assert "2 processes, largest difference of a weight between them 0\n" in printed
+    assert any(loss != 0 for (loss,) in numbers(r"loss (\S+)", printed))
+
+
 def test_own_tools_go_from_records_to_a_trained_model(tmp_path):
     folder = shutil.copytree(
         EXAMPLES / "own_tools", tmp_path / "own_tools", ignore=shutil.ignore_patterns("runs")

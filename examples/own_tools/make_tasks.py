@@ -14,14 +14,15 @@ from transformers.utils import get_json_schema
 CITIES = ["Oslo", "Rome", "Lima", "Cairo"]
 
 
-def degrees(city: str) -> int:
+def weather(city: str) -> dict:
     """
-    Temperature in a city, in degrees Celsius.
+    The weather in a city, as {"sky": ..., "celsius": degrees}.
 
     Args:
         city: name of the city
     """
-    return {"Oslo": 4, "Rome": 19, "Lima": 22, "Cairo": 31}[city]
+    degrees = {"Oslo": 4, "Rome": 19, "Lima": 22, "Cairo": 31}[city]
+    return {"sky": "clear" if degrees > 20 else "cloudy", "celsius": degrees}
 
 
 def subtract(a: int, b: int) -> int:
@@ -35,28 +36,33 @@ def subtract(a: int, b: int) -> int:
     return a - b
 
 
+def as_text(value):
+    """What the model is shown of a tool's result: lists and dicts as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
 def turn(reasoning, tool, **arguments):
     """One turn of the expert: a thought, a call, and what the tool really answers."""
     call = {"name": tool.__name__, "arguments": arguments}
     return [
         {"role": "assistant", "reasoning_content": reasoning, "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": tool.__name__, "content": str(tool(**arguments))},
+        {"role": "tool", "name": tool.__name__, "content": as_text(tool(**arguments))},
     ]
 
 
 def task(warm, cold):
-    a, b = degrees(warm), degrees(cold)
-    answer = str(subtract(a, b))
+    a, b = weather(warm)["celsius"], weather(cold)["celsius"]
+    answer = subtract(a, b)
     return {
         "id": f"{warm}-{cold}",
         "prompt": [{"role": "user", "content": f"How much warmer is it in {warm} than in {cold}?"}],
-        "tools": [get_json_schema(degrees), get_json_schema(subtract)],
-        "codes": {"degrees": inspect.getsource(degrees), "subtract": inspect.getsource(subtract)},
+        "tools": [get_json_schema(weather), get_json_schema(subtract)],
+        "codes": {"weather": inspect.getsource(weather), "subtract": inspect.getsource(subtract)},
         "answer": answer,
-        "unsolved_set": {"degrees": [str(a), str(b)], "subtract": [answer]},
+        "unsolved_set": {"weather": [a, b], "subtract": [answer]},
         "expert_trace": [
-            *turn(f"I look up {warm} first.", degrees, city=warm),
-            *turn(f"Now {cold}.", degrees, city=cold),
+            *turn(f"I look up {warm} first.", weather, city=warm),
+            *turn(f"Now {cold}.", weather, city=cold),
             *turn("I take the difference.", subtract, a=a, b=b),
             {"role": "assistant", "reasoning_content": "That is it.", "content": f"{answer} degrees."},
         ],

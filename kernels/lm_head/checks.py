@@ -38,3 +38,12 @@ def require_weights(name: str, weights: Tensor | None) -> None:
         if weights.device.type == "cpu" and not bool(good.all()):
             worst = f", got {float(weights[~good][0])}"
         require(good, f"{name} must be finite and >= 0{worst}")
+
+
+def require_positive(name: str, values: Tensor) -> None:
+    if checked(values):
+        good = (values > 0) & (values < float("inf"))
+        worst = ""
+        if values.device.type == "cpu" and not bool(good.all()):
+            worst = f", got {float(values[~good][0])}"
+        require(good, f"{name} must be finite and > 0{worst}")

@@ -4,25 +4,139 @@
     logprob = d_target - log s          p_j = e^d_j / s           entropy = log s - sum_j e^d_j d_j / s
 
 * `logits_rows_stats_kernel`   one read: logprob, entropy and the normalizer (max l, log s) of a row.
-* `logits_rows_loss_kernel`    two reads, one write: as above, then the row's loss terms, dL/dlogprob and
-  dL/dentropy (formulas: reference.py), then z overwritten by dL/dz.
 * `logits_rows_grad_kernel`    one read, one write: z of a vocabulary block overwritten by dL/dz, from saved
   normalizers.
+* `sum_rows_kernel`            dX[t] = sum of dY[r] over the loss rows r with row_index[r] = t. One program a
+  (t, column tile) walks its rows in a fixed order: the sum is fp32 and bitwise repeatable, without atomics.
+* `scale_kernel`               x *= g in place, g a device scalar; does nothing where g is 1, which the host
+  need not know.
 
     dL/dz_j = (dL/dlogprob (1[j = target] - p_j) - dL/dentropy p_j (log p_j + entropy)) (1 - tanh(..)^2) / T
 
 A tile is [BLOCK, 8] and is reduced over its last axis only, so each lane keeps a running (max, s, sum e^d d)
 of its own and the loop has neither shuffles nor barriers; the lanes meet once, after the loop. The max is
 kept apart from log s because their sum, rounded to fp32, costs three digits at logits of -1e4. Offsets are
-int64.
+int64. The temperature is one value a row.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pact_fast.kernels.lm_head.reference import PolicyLossConfig, RowTerms
-from pact_fast.kernels.lm_head.tiles import WIDTH, gradient_tile, load_logits, policy_terms, row_statistics
+BLOCK_H = 1024
+BLOCK_SCALE = 4096
+WIDTH = tl.constexpr(8)  # 16 bytes of bf16 a lane
+FLOOR = tl.constexpr(-1e30)  # below every logit, finite: -inf - -inf would be NaN in lanes that saw nothing
+TINY = tl.constexpr(-1000.0)  # e^TINY = 0, and 0 * TINY = 0 where 0 * -inf is NaN
+
+
+@triton.jit
+def load_logits(
+    row, bias, o_v, V, softcap, scale, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MASK: tl.constexpr
+):
+    """l of one tile, -inf past V, and tanh(z / softcap) (0 without a cap)."""
+    if MASK:
+        z = tl.load(row + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+    else:
+        z = tl.load(row + o_v).to(tl.float32)
+    if HAS_BIAS:
+        if MASK:
+            z += tl.load(bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+        else:
+            z += tl.load(bias + o_v).to(tl.float32)
+    tanh_z = z * 0.0
+    if HAS_CAP:
+        tanh_z = 2.0 / (1.0 + tl.exp(-2.0 * (z / softcap))) - 1.0  # tanh; exp overflow gives exactly -1
+        z = tl.where(z == float("-inf"), z, tanh_z * softcap)  # a logit taken out stays out
+    l = z * scale
+    if MASK:
+        l = tl.where(o_v < V, l, float("-inf"))
+    return l, tanh_z
+
+
+@triton.jit
+def add_tile(l, m, s, u):
+    """One more tile in each lane's max, sum e^d and sum e^d d."""
+    m_new = tl.maximum(m, tl.max(l, 1))
+    d = l - m_new[:, None]
+    e = tl.exp(d)
+    shift = m - m_new
+    keep = tl.exp(shift)
+    u = keep * (u + s * shift) + tl.sum(e * tl.maximum(d, TINY), 1)
+    s = keep * s + tl.sum(e, 1)
+    return m_new, s, u
+
+
+@triton.jit
+def row_statistics(
+    row,
+    bias,
+    target,
+    V,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """logprob, entropy, max l, log s of one row; NaN log-prob for a target outside [0, V)."""
+    o_tile = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (target >= 0) & (target < V)
+    # Read before anything may overwrite the row: the reductions below hold the barriers that order the two.
+    z_target = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
+    if HAS_BIAS:
+        z_target += tl.load(bias + target, mask=inside, other=0.0).to(tl.float32)
+    if HAS_CAP:
+        z_target = softcap * (2.0 / (1.0 + tl.exp(-2.0 * (z_target / softcap))) - 1.0)
+
+    m = tl.full([BLOCK], FLOOR, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    u = tl.zeros([BLOCK], tl.float32)
+    whole = V // (BLOCK * WIDTH) * (BLOCK * WIDTH)
+    for i_v in range(0, whole, BLOCK * WIDTH):
+        l, _ = load_logits(row, bias, i_v + o_tile, V, softcap, scale, HAS_BIAS, HAS_CAP, False)
+        m, s, u = add_tile(l, m, s, u)
+    if whole < V:
+        l, _ = load_logits(row, bias, whole + o_tile, V, softcap, scale, HAS_BIAS, HAS_CAP, True)
+        m, s, u = add_tile(l, m, s, u)
+
+    top = tl.max(m, 0)
+    shift = m - top
+    keep = tl.exp(shift)
+    total = tl.sum(keep * s, 0)
+    moment = tl.sum(keep * (u + s * tl.maximum(shift, FLOOR)), 0)
+    log_sum = tl.log(total)
+    logprob = (z_target * scale - top) - log_sum
+    return logprob, log_sum - moment / total, top, log_sum
+
+
+@triton.jit
+def gradient_tile(
+    l,
+    tanh_z,
+    o_v,
+    target,
+    top,
+    log_sum,
+    entropy,
+    g_logprob,
+    g_entropy,
+    scale,
+    HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """dL/dz of one tile."""
+    logp = (l - top) - log_sum
+    p = tl.exp(logp)
+    if HAS_ENTROPY:
+        grad = -p * (g_logprob + g_entropy * (tl.maximum(logp, TINY) + entropy))
+    else:
+        grad = -p * g_logprob
+    grad = tl.where(o_v == target, grad + g_logprob, grad) * scale
+    if HAS_CAP:
+        grad *= 1.0 - tanh_z * tanh_z
+    return grad
 
 
 def tile_config(vocab: int) -> dict[str, int]:
@@ -37,6 +151,7 @@ def logits_rows_stats_kernel(
     logits,  # [n, V], row stride `stride`
     bias,  # [V]
     target,  # [n]
+    scales,  # [n]: 1 / T of each row
     logprobs,  # [n] out
     entropies,  # [n] out
     normalizer,  # [2, N] out, this chunk's first column
@@ -44,13 +159,13 @@ def logits_rows_stats_kernel(
     stride_n,
     V,
     softcap,
-    scale,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
     b_target = tl.load(target + i_n)
+    scale = tl.load(scales + i_n)
     b_logprob, b_entropy, b_top, b_log_sum = row_statistics(
         logits + i_n * stride, bias, b_target, V, softcap, scale, HAS_BIAS, HAS_CAP, BLOCK
     )
@@ -61,147 +176,11 @@ def logits_rows_stats_kernel(
 
 
 @triton.jit
-def logits_rows_loss_kernel(
-    logits,  # [n, V] in, dL/dz out; row stride `stride`
-    bias,  # [V]
-    target,  # [n]
-    policy_weight,  # [n]
-    advantages,  # [n]
-    old_logprobs,  # [n]
-    ref_logprobs,  # [n]
-    sft_weight,  # [n]
-    logprobs,  # [n] out
-    parts,  # [5, R] out: policy, sft, kl, entropy, clipped of each row, this chunk's first column
-    stride,
-    stride_r,
-    V,
-    epsilon_low,
-    epsilon_high,
-    dual_clip,
-    beta,
-    entropy_coef,
-    softcap,
-    scale,
-    HAS_POLICY: tl.constexpr,
-    HAS_SFT: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    HAS_DUAL: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    WRITE_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i_r = tl.program_id(0).to(tl.int64)
-    row = logits + i_r * stride
-    o_tile = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    b_policy_weight = 0.0
-    b_sft_weight = 0.0
-    if HAS_POLICY:
-        b_policy_weight = tl.load(policy_weight + i_r)
-    if HAS_SFT:
-        b_sft_weight = tl.load(sft_weight + i_r)
-
-    if (b_policy_weight != 0.0) | (b_sft_weight != 0.0):
-        b_target = tl.load(target + i_r)
-        logprob, entropy, top, log_sum = row_statistics(
-            row, bias, b_target, V, softcap, scale, HAS_BIAS, HAS_CAP, BLOCK
-        )
-        b_policy = 0.0
-        b_kl = 0.0
-        b_clipped = 0.0
-        g_logprob = -b_sft_weight
-        g_entropy = 0.0
-        if HAS_POLICY:
-            b_advantage = tl.load(advantages + i_r)
-            b_old = 0.0
-            b_ref = 0.0
-            if HAS_OLD:
-                b_old = tl.load(old_logprobs + i_r)
-            if HAS_KL:
-                b_ref = tl.load(ref_logprobs + i_r)
-            p_loss, p_kl, p_clipped, slope = policy_terms(
-                logprob,
-                b_policy_weight,
-                b_advantage,
-                b_old,
-                b_ref,
-                epsilon_low,
-                epsilon_high,
-                dual_clip,
-                beta,
-                HAS_OLD,
-                HAS_DUAL,
-                HAS_KL,
-            )
-            on = b_policy_weight != 0.0  # selects rather than multiplies: an SFT row may hold NaN here
-            b_policy = tl.where(on, b_policy_weight * p_loss, 0.0)
-            b_kl = tl.where(on, b_policy_weight * p_kl, 0.0)
-            b_clipped = tl.where(on, p_clipped, 0.0)
-            g_logprob += tl.where(on, b_policy_weight * slope, 0.0)
-            if HAS_ENTROPY:
-                g_entropy = -entropy_coef * b_policy_weight
-        tl.store(logprobs + i_r, logprob)
-        tl.store(parts + i_r, b_policy)
-        tl.store(parts + stride_r + i_r, -b_sft_weight * logprob)
-        tl.store(parts + 2 * stride_r + i_r, b_kl)
-        tl.store(parts + 3 * stride_r + i_r, b_policy_weight * entropy)
-        tl.store(parts + 4 * stride_r + i_r, b_clipped)
-        if WRITE_GRAD:
-            tl.debug_barrier()  # every warp holds the target's logit before the first one overwrites it
-            whole = V // (BLOCK * WIDTH) * (BLOCK * WIDTH)
-            for i_v in range(0, whole, BLOCK * WIDTH):
-                o_v = i_v + o_tile
-                l, tanh_z = load_logits(row, bias, o_v, V, softcap, scale, HAS_BIAS, HAS_CAP, False)
-                grad = gradient_tile(
-                    l,
-                    tanh_z,
-                    o_v,
-                    b_target,
-                    top,
-                    log_sum,
-                    entropy,
-                    g_logprob,
-                    g_entropy,
-                    scale,
-                    HAS_CAP,
-                    HAS_ENTROPY,
-                )
-                tl.store(row + o_v, grad.to(logits.dtype.element_ty))
-            if whole < V:
-                o_v = whole + o_tile
-                l, tanh_z = load_logits(row, bias, o_v, V, softcap, scale, HAS_BIAS, HAS_CAP, True)
-                grad = gradient_tile(
-                    l,
-                    tanh_z,
-                    o_v,
-                    b_target,
-                    top,
-                    log_sum,
-                    entropy,
-                    g_logprob,
-                    g_entropy,
-                    scale,
-                    HAS_CAP,
-                    HAS_ENTROPY,
-                )
-                tl.store(row + o_v, grad.to(logits.dtype.element_ty), mask=o_v < V)
-    else:
-        tl.store(logprobs + i_r, 0.0)
-        for i_part in range(5):
-            tl.store(parts + i_part * stride_r + i_r, 0.0)
-        if WRITE_GRAD:
-            for i_v in range(0, V, BLOCK * WIDTH):
-                o_v = i_v + o_tile
-                tl.store(row + o_v, tl.zeros([BLOCK, WIDTH], logits.dtype.element_ty), mask=o_v < V)
-
-
-@triton.jit
 def logits_rows_grad_kernel(
     logits,  # [n, width] in, dL/dz out; row stride `stride`; columns start .. start + width of the vocabulary
     bias,  # [width]
     target,  # [n], in the whole vocabulary
+    scales,  # [n]: 1 / T of each row
     normalizer,  # [2, n]
     entropies,  # [n]
     grad_logprob,  # [n]
@@ -211,7 +190,6 @@ def logits_rows_grad_kernel(
     start,
     width,
     softcap,
-    scale,
     HAS_ENTROPY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -223,6 +201,7 @@ def logits_rows_grad_kernel(
         tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     )
     b_target = tl.load(target + i_n) - start
+    scale = tl.load(scales + i_n)
     top = tl.load(normalizer + i_n)
     log_sum = tl.load(normalizer + stride_n + i_n)
     g_logprob = tl.load(grad_logprob + i_n)
@@ -241,6 +220,36 @@ def logits_rows_grad_kernel(
     tl.store(row + o_v, grad.to(logits.dtype.element_ty), mask=o_v < width)
 
 
+@triton.jit
+def sum_rows_kernel(
+    rows,  # [R, H]
+    order,  # [R] int64: loss rows sorted by the hidden row they belong to
+    starts,  # [T + 1] int64: the slice of `order` of each hidden row
+    out,  # [T, H]
+    H,
+    BLOCK: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_h = o_h < H
+    first = tl.load(starts + i_t)
+    last = tl.load(starts + i_t + 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(first, last):
+        i_r = tl.load(order + i)
+        total += tl.load(rows + i_r * H + o_h, mask=m_h, other=0.0).to(tl.float32)
+    tl.store(out + i_t * H + o_h, total.to(out.dtype.element_ty), mask=m_h)
+
+
+@triton.jit
+def scale_kernel(x, factor, size, BLOCK: tl.constexpr):
+    b_factor = tl.load(factor).to(tl.float32)
+    if b_factor != 1.0:
+        o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b_x = tl.load(x + o, mask=o < size, other=0.0).to(tl.float32)
+        tl.store(x + o, (b_x * b_factor).to(x.dtype.element_ty), mask=o < size)
+
+
 # ---- launchers
 
 
@@ -253,10 +262,10 @@ def rows_stats(
     logits: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    scales: Tensor,
     logprobs: Tensor,
     entropies: Tensor,
     normalizer: Tensor,
-    temperature: float,
     softcap: float | None,
 ) -> None:
     """Fills logprobs [n], entropies [n] and normalizer [2, n] (a column slice) from logits [n, V]."""
@@ -266,6 +275,7 @@ def rows_stats(
         logits,
         logits if bias is None else bias,
         target,
+        scales,
         logprobs,
         entropies,
         normalizer,
@@ -273,55 +283,8 @@ def rows_stats(
         normalizer.stride(0),
         vocab,
         softcap or 1.0,
-        1.0 / temperature,
         HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None,
-        **tile_config(vocab),
-    )
-
-
-def rows_loss(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    terms: RowTerms,
-    config: PolicyLossConfig,
-    logprobs: Tensor,
-    parts: Tensor,
-    temperature: float,
-    softcap: float | None,
-    write_grad: bool,
-) -> None:
-    """Fills logprobs [n], parts [5, n] (a column slice); overwrites logits [n, V] by dL/dz if write_grad."""
-    check_rows(logits)
-    n, vocab = logits.shape
-    unused = logprobs  # a pointer the kernel never reads
-    logits_rows_loss_kernel[(n,)](
-        logits,
-        unused if bias is None else bias,
-        target,
-        *(unused if value is None else value for value in terms),
-        logprobs,
-        parts,
-        logits.stride(0),
-        parts.stride(0),
-        vocab,
-        config.epsilon_low,
-        config.epsilon_high,
-        config.dual_clip or 0.0,
-        config.beta,
-        config.entropy_coef,
-        softcap or 1.0,
-        1.0 / temperature,
-        HAS_POLICY=terms.policy_weight is not None,
-        HAS_SFT=terms.sft_weight is not None,
-        HAS_OLD=terms.old_logprobs is not None,
-        HAS_DUAL=config.dual_clip is not None,
-        HAS_KL=config.beta != 0.0,
-        HAS_ENTROPY=config.entropy_coef != 0.0,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=softcap is not None,
-        WRITE_GRAD=write_grad,
         **tile_config(vocab),
     )
 
@@ -330,12 +293,12 @@ def rows_grad(
     logits: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    scales: Tensor,
     normalizer: Tensor,
     entropies: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     start: int,
-    temperature: float,
     softcap: float | None,
 ) -> None:
     """Overwrites logits [n, width] of the vocabulary columns from `start` on by dL/dz."""
@@ -346,6 +309,7 @@ def rows_grad(
         logits,
         logits if bias is None else bias,
         target,
+        scales,
         normalizer,
         entropies,
         grad_logprob,
@@ -355,9 +319,28 @@ def rows_grad(
         start,
         width,
         softcap or 1.0,
-        1.0 / temperature,
         HAS_ENTROPY=grad_entropy is not None,
         HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None,
         **config,
     )
+
+
+def sum_rows(rows: Tensor, row_index: Tensor, out: Tensor) -> None:
+    """out [T, H] = for each t the sum of rows [R, H] whose row_index is t; all contiguous."""
+    length, width = out.shape
+    if out.numel() == 0:
+        return
+    index, order = torch.sort(row_index, stable=True)
+    starts = torch.searchsorted(index, torch.arange(length + 1, device=out.device, dtype=index.dtype))
+    grid = (length, triton.cdiv(width, BLOCK_H))
+    sum_rows_kernel[grid](rows, order, starts, out, width, BLOCK=BLOCK_H, num_warps=4, num_stages=2)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor [] in place, without asking the device what factor is."""
+    if x.numel():
+        scale_kernel[(triton.cdiv(x.numel(), BLOCK_SCALE),)](
+            x, factor, x.numel(), BLOCK=BLOCK_SCALE, num_warps=8
+        )
+    return x

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from pact_fast.kernels.tree_attention.layout import TileList, tile_list
+from pact_fast.kernels.tree_attention.fa4 import packed_columns
+from pact_fast.kernels.tree_attention.layout import visible_tiles
 
 BLOCK = 128
 
@@ -29,26 +30,13 @@ class FlexPlan:
             seen = (kv_index <= q_index) & (q_index < end[kv_index])
             return seen if window is None else seen & (level[q_index] - level[kv_index] < window)
 
-        tiles = tile_list(subtree_end.cpu().numpy(), depth, BLOCK, BLOCK, window)
-        full, partial = _dense_lists(tiles)
-        counts, keys, full_counts, full_keys = (
-            torch.from_numpy(x)[None, None].to(subtree_end.device) for x in (*partial, *full)
-        )
+        seen, full = visible_tiles(subtree_end.cpu().numpy(), depth, BLOCK, BLOCK, window)
+        device, width = subtree_end.device, full.shape[1]
+        counts, keys = packed_columns(seen & ~full, device, width)
+        full_counts, full_keys = packed_columns(full, device, width)
         self.mask = BlockMask.from_kv_blocks(
             counts, keys, full_counts, full_keys, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(size, size)
         )
-
-
-def _dense_lists(tiles: TileList) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(counts [tiles], indices [tiles, tiles]) of the full and of the partial key tiles of query tiles."""
-    count = tiles.order.size
-    out = []
-    for first, last in ((tiles.ptr[:-1], tiles.split), (tiles.split, tiles.ptr[1:])):
-        index = np.zeros((count, count), np.int32)
-        for i in range(count):
-            index[i, : last[i] - first[i]] = tiles.cols[first[i] : last[i]]
-        out.append(((last - first).astype(np.int32), index))
-    return out[0], out[1]
 
 
 @lru_cache(maxsize=1)

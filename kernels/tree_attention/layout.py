@@ -100,26 +100,35 @@ def tile_list(
     return TileList(block_m, block_n, order, ptr, split, cols)
 
 
-def _tile_list_numpy(end, depth, block_m: int, block_n: int, window: int | None) -> tuple[np.ndarray, ...]:
-    """ptr, split and cols of a TileList: the reference of the native form."""
+def visible_tiles(
+    end: np.ndarray, depth: np.ndarray, block_m: int, block_n: int, window: int | None, first_query: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(seen, full), both bool [query tiles, key tiles]: some, and all, pairs of the two tiles are visible.
+
+    `first_query`: query tiles begin there; keys always at 0. A tile that reaches past T is never full.
+    """
     size = end.size
     n_end_min, n_end_max, n_depth_min, n_depth_max = tile_bounds(end, depth, block_n)
-    _, _, m_depth_min, m_depth_max = tile_bounds(end, depth, block_m)
+    _, _, m_depth_min, m_depth_max = tile_bounds(end[first_query:], depth[first_query:], block_m)
     n_first = np.arange(n_end_min.size) * block_n
     n_last = n_first + block_n - 1
-    ptr, split, cols = [0], [], []
-    for i in range(m_depth_min.size):
-        first, last = i * block_m, min((i + 1) * block_m, size) - 1
-        seen = (n_first <= last) & (n_end_max > first)
-        full = (n_last <= first) & (n_end_min > last)
-        if window is not None:
-            seen &= m_depth_min[i] - n_depth_max < window
-            full &= m_depth_max[i] - n_depth_min < window
-        full &= seen
-        split.append(ptr[-1] + int(full.sum()))
-        cols += [np.flatnonzero(full), np.flatnonzero(seen & ~full)]
-        ptr.append(split[-1] + cols[-1].size)
-    return tuple(np.asarray(x, dtype=np.int32) for x in (ptr, split, np.concatenate(cols)))
+    first = (first_query + np.arange(m_depth_min.size) * block_m)[:, None]
+    last = np.minimum(first + block_m, size) - 1
+    seen = (n_first <= last) & (n_end_max > first)
+    full = seen & (n_last <= first) & (n_end_min > last)
+    if window is not None:
+        seen &= m_depth_min[:, None] - n_depth_max < window
+        full &= m_depth_max[:, None] - n_depth_min < window
+    return seen, full & seen
+
+
+def _tile_list_numpy(end, depth, block_m: int, block_n: int, window: int | None) -> tuple[np.ndarray, ...]:
+    """ptr, split and cols of a TileList: the reference of the native form."""
+    seen, full = visible_tiles(end, depth, block_m, block_n, window)
+    both = np.concatenate((full, seen & ~full), axis=1)
+    ptr = np.concatenate(([0], np.cumsum(both.sum(1))))
+    split = ptr[:-1] + full.sum(1)
+    return tuple(x.astype(np.int32) for x in (ptr, split, np.nonzero(both)[1] % full.shape[1]))
 
 
 def key_tile_order(end: np.ndarray, block_n: int) -> np.ndarray:

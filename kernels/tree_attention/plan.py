@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pact_fast.kernels.tree_attention import flash, reference
-from pact_fast.kernels.tree_attention.flash import FlashPlan
+from pact_fast.kernels.tree_attention import fa4, reference
 from pact_fast.kernels.tree_attention.layout import tree_depth
 from pact_fast.kernels.tree_attention.tiles import TilePlan
 
-TREE_IMPLS = ("auto", "torch", "triton", "flex", "flash")
+TREE_IMPLS = ("auto", "torch", "triton", "fa4", "flex")
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,20 @@ class TreePlan:
 
 
 def tree_plan(
-    subtree_end: Tensor, *, window: int | None = None, first_query: int = 0, impl: str = "auto"
+    subtree_end: Tensor,
+    *,
+    window: int | None = None,
+    first_query: int = 0,
+    impl: str = "auto",
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TreePlan:
     """The part of `tree_attention` that depends on the tree alone: its checks and the layout of the work.
 
     Args as in `tree_attention`. `first_query`: q and the result hold the tokens from here on only; the
-    keys and values of those before come from a cache. ValueError where `subtree_end` is not a tree.
+    keys and values of those before come from a cache. `head_dim`, `dtype`: of q, k and v; "auto" looks at
+    them (without them it is Triton on CUDA), and "fa4" at head_dim (without it 128). ValueError where
+    `subtree_end` is not a tree.
     """
     if subtree_end.dim() != 1 or subtree_end.dtype != torch.int32:
         raise ValueError(f"subtree_end must be [T] int32, got {list(subtree_end.shape)} {subtree_end.dtype}")
@@ -45,14 +51,10 @@ def tree_plan(
     depth = tree_depth(end)
     if not 0 <= first_query <= end.size:
         raise ValueError(f"first_query = {first_query} is not in [0, T = {end.size}]")
-    impl = _choose_tree(impl, subtree_end)
+    impl = _choose_tree(impl, subtree_end, head_dim, dtype)
     data: Any
-    if first_query and impl in ("flex", "flash"):
-        raise ValueError(f'impl="{impl}" has no cached prefix (first_query); stream with "torch" or "triton"')
-    if window is not None and impl == "flash":
-        raise ValueError(
-            'impl="flash" cannot mask a sliding window on depth; use "triton", "flex" or "torch"'
-        )
+    if first_query and impl == "flex":
+        raise ValueError('impl="flex" has no cached prefix (first_query); use "fa4", "triton" or "torch"')
     if impl == "torch":
         data = reference.block_plan(subtree_end, window=window, first_query=first_query)
     elif impl == "triton":
@@ -62,7 +64,8 @@ def tree_plan(
 
         data = FlexPlan(subtree_end, depth, window)
     else:
-        data = FlashPlan(subtree_end, depth)
+        blocks = fa4.block_sizes(head_dim or 128, torch.cuda.get_device_capability(subtree_end.device))
+        data = fa4.Fa4Plan(subtree_end, depth, window, first_query, blocks=blocks)
     return TreePlan(impl, end.size, window, first_query, data)
 
 
@@ -84,8 +87,8 @@ def run(
         from pact_fast.kernels.tree_attention import flex
 
         return flex.tree_attention(q, k, v, plan.data, scale=scale, return_lse=return_lse)
-    if plan.impl == "flash":
-        return flash.tree_attention(q, k, v, plan.data, scale=scale)
+    if plan.impl == "fa4":
+        return fa4.tree_attention(q, k, v, plan.data, scale=scale)
     from pact_fast.kernels.tree_attention.triton import (
         tree_attention,  # triton is an optional package on a CPU
     )
@@ -114,18 +117,22 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, first_query:
         )
 
 
-def _choose_tree(impl: str, tensor: Tensor) -> str:
+def _choose_tree(impl: str, tensor: Tensor, head_dim: int | None, dtype: torch.dtype | None) -> str:
     if impl not in TREE_IMPLS:
         raise ValueError(f"impl must be one of {', '.join(TREE_IMPLS)}, got {impl!r}")
     if impl == "auto":
-        return "triton" if tensor.is_cuda else "torch"
-    if impl == "flash":
         if not tensor.is_cuda:
-            raise ValueError('impl="flash" needs CUDA tensors, got CPU; use impl="torch"')
-        if importlib.util.find_spec("flash_attn") is None:
-            raise ImportError(
-                'impl="flash" needs the package flash-attn; use impl="triton" or "flex" without it'
-            )
+            return "torch"
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if head_dim not in fa4.AUTO_HEAD_DIMS or dtype is None:
+            return "triton"
+        return "fa4" if fa4.refusal(head_dim, dtype, capability) is None else "triton"
+    if impl == "fa4":
+        if not tensor.is_cuda:
+            raise ValueError('impl="fa4" needs CUDA tensors, got CPU; use impl="torch"')
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if why := fa4.refusal(head_dim or 128, dtype or torch.bfloat16, capability):
+            raise ValueError(f'impl="fa4" {why}; use impl="triton" or "flex"')
     if impl == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             'impl="triton" needs CUDA tensors, got CPU; use impl="torch" (or set TRITON_INTERPRET=1 to debug)'

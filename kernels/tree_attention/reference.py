@@ -182,20 +182,53 @@ def tree_attention(q, k, v, subtree_end, *, scale=None, window=None, plan: Block
     return out.flatten(1, 2), lse.flatten(1)
 
 
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """out [T, Hkv, G, D] in the dtype of `q` and lse [T, Hkv, G], fp32 at least; q as out."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    for part in plan.own:
+        out[part.queries], lse[part.queries] = _attend(q, k, v, part, plan.bias(part, dtype), scale)
+    for part in plan.path:
+        o, l = _attend(q, k, v, part, None, scale)
+        so_far = lse[part.queries]
+        out[part.queries].lerp_(o.to(dtype), torch.sigmoid(l - so_far)[..., None])
+        torch.logaddexp(so_far, l, out=so_far)
+    return out.to(q.dtype), lse
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: BlockPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; shapes as in `forward`."""
+    dim, given = q.shape[-1], q.dtype
+    if d_lse is not None:  # a column more: v there is 1, so dO V^T - delta gains d_lse
+        q, k, v, out, d_out = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v, out, d_out))
+        v[..., dim], d_out[..., dim] = 1, d_lse
+    dtype = lse.dtype
+    dq = torch.empty(q.shape, dtype=dtype, device=q.device)
+    dk, dv = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
+    saved = q, k, v, out, lse, d_out
+    for part in plan.own:
+        dq[part.queries] = _add_gradients(saved, dk, dv, part, plan.bias(part, dtype), scale)
+    for part in plan.path:
+        dq[part.queries] += _add_gradients(saved, dk, dv, part, None, scale)
+    dq, dk, dv = (grad[..., :dim].to(given) for grad in (dq, dk, dv))
+    return dq, dk, dv
+
+
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan: BlockPlan, scale: float):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        out = torch.empty(q.shape, dtype=dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-        for part in plan.own:
-            out[part.queries], lse[part.queries] = _attend(q, k, v, part, plan.bias(part, dtype), scale)
-        for part in plan.path:
-            o, l = _attend(q, k, v, part, None, scale)
-            so_far = lse[part.queries]
-            out[part.queries].lerp_(o.to(dtype), torch.sigmoid(l - so_far)[..., None])
-            torch.logaddexp(so_far, l, out=so_far)
-        out = out.to(q.dtype)
+        out, lse = forward(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         ctx.set_materialize_grads(False)
@@ -204,21 +237,9 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_lse):
         q, k, v, out, lse = ctx.saved_tensors
-        dim = q.shape[-1]
         if d_out is None:
             d_out = torch.zeros_like(out)
-        if d_lse is not None:  # a column more: v there is 1, so dO V^T - delta gains d_lse
-            q, k, v, out, d_out = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v, out, d_out))
-            v[..., dim], d_out[..., dim] = 1, d_lse
-        dtype = lse.dtype
-        dq = torch.empty(q.shape, dtype=dtype, device=q.device)
-        dk, dv = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
-        saved = q, k, v, out, lse, d_out
-        for part in ctx.plan.own:
-            dq[part.queries] = _add_gradients(saved, dk, dv, part, ctx.plan.bias(part, dtype), ctx.scale)
-        for part in ctx.plan.path:
-            dq[part.queries] += _add_gradients(saved, dk, dv, part, None, ctx.scale)
-        return *(grad[..., :dim].to(q.dtype) for grad in (dq, dk, dv)), None, None
+        return *backward(d_out, d_lse, q, k, v, out, lse, ctx.plan, ctx.scale), None, None
 
 
 def _heads_first(x: Tensor) -> Tensor:

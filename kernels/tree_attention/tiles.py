@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class Candidates(NamedTuple):
+    """Tiles to be timed for each kernel."""
+
+    fwd: tuple[Tile, ...]
+    dq: tuple[Tile, ...]
+    dkv: tuple[Tile, ...]
+
+
 class Tiles(NamedTuple):
     """Tiles of the three kernels for one head_dim, dtype and architecture."""
 
@@ -28,14 +37,17 @@ class Tiles(NamedTuple):
     dkv: Tile
 
 
-# Ahead-of-time compiles decided (`python bench/resources.py`): the largest tiles that do not spill at bf16.
+# D = 128 on sm_90: the fastest measured on an H100 (`python -m bench tiles`; bench/LOG.md), whatever they
+# spill. The others: the largest that do not spill at bf16 in ahead-of-time compiles (`python -m bench
+# resources`), a rule that missed the fastest by up to a third; CANDIDATES are there to be timed.
 _SM90 = {
     64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
+    128: Tiles(Tile(128, 32, 4, 4), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)),
     256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
-# With a window the depths need registers, too: dK/dV at 64x128 spills 8 bytes with triton 3.6.
-_SM90_WINDOW = {128: _SM90[128]._replace(dkv=Tile(64, 64, 8, 2))}
+# With a window the depths need registers, too; timed without one only.
+_SM90_WINDOW = {128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2))}
+_SM100 = _SM90 | {128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))}
 _SM80 = {
     64: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
@@ -53,10 +65,40 @@ def choose_tiles(
         return _INTERPRETER
     if dtype == torch.float32:
         return _FP32
-    table = _SM90 if capability[0] in (9, 10) else _SM80
-    if table is _SM90 and window:
-        table = _SM90 | _SM90_WINDOW
+    table = {9: _SM90, 10: _SM100}.get(capability[0], _SM80)
+    if table is not _SM80 and window:
+        table = table | _SM90_WINDOW
     return table[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
+
+
+def _tiles(*sizes: str) -> tuple[Tile, ...]:
+    """Tiles from "128x64 w8 s3"."""
+    return tuple(Tile(*map(int, re.findall(r"\d+", size))) for size in sizes)
+
+
+# What `python -m bench tiles` times, by the widest head_dim; the first of each is the default.
+CANDIDATES = {
+    64: Candidates(
+        _tiles("128x64 w8 s3", "128x64 w4 s3", "128x128 w8 s3", "64x64 w4 s3", "128x32 w4 s4"),
+        _tiles("128x64 w8 s3", "128x64 w4 s3", "64x64 w4 s3", "128x128 w8 s2", "128x32 w4 s3"),
+        _tiles("64x128 w8 s3", "32x64 w4 s3", "64x64 w4 s3", "64x128 w4 s3", "128x128 w8 s2", "32x128 w8 s3"),
+    ),
+    96: Candidates(
+        _tiles("128x64 w8 s3", "128x32 w4 s4", "64x64 w4 s3", "128x32 w4 s3", "128x128 w8 s2"),
+        _tiles("128x64 w8 s3", "64x64 w4 s2", "128x32 w4 s3", "128x128 w8 s2"),
+        _tiles("64x128 w8 s2", "32x64 w4 s3", "64x64 w4 s2", "64x128 w8 s3", "32x128 w8 s3"),
+    ),
+    128: Candidates(
+        _tiles("128x32 w4 s4", "64x64 w4 s3", "128x128 w8 s3", "128x64 w8 s3", "64x32 w4 s4", "64x64 w4 s4"),
+        _tiles("128x64 w8 s3", "128x128 w8 s2", "64x64 w4 s2", "128x32 w4 s3", "64x32 w4 s3"),
+        _tiles("32x64 w4 s3", "64x128 w8 s3", "64x64 w4 s2", "32x64 w4 s4", "32x128 w8 s3", "16x64 w4 s4"),
+    ),
+    256: Candidates(
+        _tiles("128x32 w8 s2", "64x32 w4 s2", "64x64 w4 s2", "64x32 w4 s3", "128x64 w8 s2"),
+        _tiles("64x32 w8 s2", "64x32 w4 s2", "128x32 w8 s2", "64x64 w8 s2"),
+        _tiles("32x32 w8 s2", "32x64 w8 s2", "32x32 w4 s2", "32x64 w4 s2", "16x64 w4 s2"),
+    ),
+}  # fmt: skip
 
 
 class TilePlan:

@@ -239,12 +239,13 @@ def _dkv_tile(
 
 @triton.jit
 def tree_attention_dkv_kernel(
-    q, k, v, d_out, lse, delta, dk, dv, end, depth, order, scale, scale_log2, T, window, s_kt, s_kh, s_vt,
-    s_vh,
+    q, k, v, d_out, lse, delta, dk, dv, end, depth, order, scale, scale_log2, T, first, window, s_kt, s_kh,
+    s_vt, s_vh,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q and d_out are tensor descriptors of [T, Hq * D] in blocks [BLOCK_M, BLOCK_D]: pointers spill."""
+    """q and d_out are tensor descriptors of [T, Hq * D] in blocks [BLOCK_M, BLOCK_D]: pointers spill.
+    Tiles of queries before `first` are left out."""
     i_n = tl.load(order + tl.program_id(0) // KV_HEADS)
     i_hk = tl.program_id(0) % KV_HEADS
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -252,9 +253,9 @@ def tree_attention_dkv_kernel(
     b_v = _rows(v + i_hk.to(tl.int64) * s_vh, i_n, s_vt, T, D, BLOCK_D, BLOCK_N, True)
     b_end = tl.load(end + o_n, mask=o_n < T, other=0)
     # Query tiles [first, last) see this tile; all keys are visible to all queries of [full, full_end).
-    i_first = (i_n * BLOCK_N) // BLOCK_M
-    i_last = tl.cdiv(tl.max(b_end, 0), BLOCK_M)
-    i_full = tl.minimum(tl.cdiv(i_n * BLOCK_N + BLOCK_N - 1, BLOCK_M), i_last)
+    i_first = tl.maximum(i_n * BLOCK_N, first) // BLOCK_M
+    i_last = tl.maximum(tl.cdiv(tl.max(b_end, 0), BLOCK_M), i_first)
+    i_full = tl.minimum(tl.maximum(tl.cdiv(i_n * BLOCK_N + BLOCK_N - 1, BLOCK_M), i_first), i_last)
     i_full_end = i_full
     if not WINDOW:
         i_full_end = tl.maximum(i_full, tl.min(b_end, 0) // BLOCK_M)
@@ -301,16 +302,16 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
 @torch.library.custom_op("pact_fast::tree_attention", mutates_args=())
 def tree_attention_op(
     q: Tensor, k: Tensor, v: Tensor, end: Tensor, depth: Tensor, lists: list[Tensor], tiles: list[int],
-    scale: float, window: int,
+    scale: float, window: int, first: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [T, Hq, D], lse [Hq, T]. `lists`: of the forward, of dQ, and the key order; window 0: none."""
+    """out [T, Hq, D], lse [Hq, T]. `lists`: of the forward, of dQ, and the key order; window 0: none. Rows
+    before `first` are no queries: out 0 and lse inf there, or what the tile they share with others gives."""
     tile = Tile(*tiles[:4])
     order, ptr, split, cols = lists[:4]
     heads, head_dim = q.shape[1:]
-    out, lse = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        q.new_empty(heads, q.shape[0], dtype=torch.float32),
-    )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = q.new_empty(heads, q.shape[0], dtype=torch.float32)
+    out[:first], lse[:, :first] = 0.0, torch.inf  # a tile of the backward may hold rows that no program wrote
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
         tree_attention_fwd_kernel[(order.numel() * heads,)](
             q, k, v, out, lse, end, depth, order, ptr, split, cols, scale * LOG2E, q.shape[0], window,
@@ -323,14 +324,14 @@ def tree_attention_op(
 
 
 @tree_attention_op.register_fake
-def _(q, k, v, end, depth, lists, tiles, scale, window):
+def _(q, k, v, end, depth, lists, tiles, scale, window, first):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("pact_fast::tree_attention_backward", mutates_args=())
 def tree_attention_backward_op(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    end: Tensor, depth: Tensor, lists: list[Tensor], tiles: list[int], scale: float, window: int,
+    end: Tensor, depth: Tensor, lists: list[Tensor], tiles: list[int], scale: float, window: int, first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, Hq, D], dk and dv [T, Hkv, D]."""
     dq_tile, dkv_tile = Tile(*tiles[4:8]), Tile(*tiles[8:])
@@ -351,7 +352,7 @@ def tree_attention_backward_op(
         tree_attention_dkv_kernel[(key_order.numel() * k.shape[1],)](
             _descriptor(q, [dkv_tile.block_m, block_d]), k, v,
             _descriptor(d_out, [dkv_tile.block_m, block_d]), lse, delta, dk, dv, end, depth,
-            key_order, scale, scale * LOG2E, tokens, window, *strides,
+            key_order, scale, scale * LOG2E, tokens, first, window, *strides,
             KV_HEADS=k.shape[1], BLOCK_M=dkv_tile.block_m, BLOCK_N=dkv_tile.block_n,
             num_warps=dkv_tile.num_warps, num_stages=dkv_tile.num_stages, **shape,
         )  # fmt: skip
@@ -366,15 +367,15 @@ def tree_attention_backward_op(
 
 
 @tree_attention_backward_op.register_fake
-def _(d_out, d_lse, q, k, v, out, lse, end, depth, lists, tiles, scale, window):
+def _(d_out, d_lse, q, k, v, out, lse, end, depth, lists, tiles, scale, window, first):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, end, depth, lists, tiles, scale, window = inputs
+    q, k, v, end, depth, lists, tiles, scale, window, first = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, end, depth, *output, *lists)
-    ctx.rest = tiles, scale, window
+    ctx.rest = tiles, scale, window, first
 
 
 def _backward(ctx, d_out, d_lse):
@@ -384,10 +385,43 @@ def _backward(ctx, d_out, d_lse):
     if d_lse is not None:
         d_lse = d_lse.contiguous()
     grads = tree_attention_backward_op(d_out, d_lse, q, k, v, out, lse, end, depth, lists, *ctx.rest)
-    return *grads, None, None, [None] * len(lists), None, None, None
+    return *grads, None, None, [None] * len(lists), None, None, None, None
 
 
 tree_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, tiles: Tiles | None) -> tuple:
+    """q with rows for the prefix, k and v as the ops take them, and their other arguments."""
+    first, head_dim = plan.first_query, q.shape[2]
+    if first:
+        q = torch.cat((q.new_zeros(first, *q.shape[1:]), q))  # rows of tiles that no program visits
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    tiles = tiles or choose_tiles(head_dim, q.dtype, capability, plan.window is not None)
+    lists = [*plan.lists(tiles.fwd), *plan.lists(tiles.dq), plan.key_order(tiles.dkv)]
+    flat = [size for tile in tiles for size in tile]
+    return (q, k, v), (plan.end, plan.depth, lists, flat, scale, plan.window or 0, first)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, D] and lse [Hq, T] without an autograd graph; rows of the prefix are not in them."""
+    qkv, rest = _arguments(q, k, v, plan, scale, None)
+    out, lse = tree_attention_op(*qkv, *rest)
+    return out[plan.first_query :], lse[:, plan.first_query :]
+
+
+def backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: TilePlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from what `forward` gave."""
+    first = plan.first_query
+    qkv, rest = _arguments(q, k, v, plan, scale, None)
+    if first:
+        out, d_out = (torch.cat((x.new_zeros(first, *x.shape[1:]), x)) for x in (out, d_out))
+        lse = torch.cat((lse.new_full((lse.shape[0], first), torch.inf), lse), 1)
+    gradients = tree_attention_backward_op(d_out, None, *qkv, out.contiguous(), lse.contiguous(), *rest)
+    return gradients[0][first:], gradients[1], gradients[2]
 
 
 def tree_attention(
@@ -398,25 +432,13 @@ def tree_attention(
     ValueError for a head_dim that is not a multiple of 16 up to 256; TypeError for dtypes other than bf16,
     fp16 and fp32.
     """
-    head_dim = q.shape[2]
+    head_dim, first = q.shape[2], plan.first_query
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise ValueError(
             f'head_dim = {head_dim}: impl="triton" takes multiples of 16 up to 256; use impl="torch"'
         )
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f'q is {q.dtype}: impl="triton" takes bfloat16, float16 or float32; use impl="torch"')
-    first = plan.first_query
-    if first:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError(
-                'a plan with first_query > 0 has no backward with impl="triton": score under no_grad'
-            )
-        q = torch.cat((q.new_zeros(first, *q.shape[1:]), q))  # rows of tiles that no program visits
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    tiles = tiles or choose_tiles(head_dim, q.dtype, capability, plan.window is not None)
-    scale = head_dim**-0.5 if scale is None else scale
-    lists = [*plan.lists(tiles.fwd), *plan.lists(tiles.dq), plan.key_order(tiles.dkv)]
-    flat = [size for tile in tiles for size in tile]
-    out, lse = tree_attention_op(q, k, v, plan.end, plan.depth, lists, flat, scale, plan.window or 0)
+    qkv, rest = _arguments(q, k, v, plan, head_dim**-0.5 if scale is None else scale, tiles)
+    out, lse = tree_attention_op(*qkv, *rest)
     return out[first:], lse.T[first:]

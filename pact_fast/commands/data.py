@@ -21,32 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pact_fast.data.chat import ChatFormat, Component, Tokens
+from pact_fast.data.colours import LOOKS, css, name_of
 from pact_fast.data.formats import FORMAT_NAMES
 from pact_fast.data.records import LoadedRecords, Record, RecordError, check_prompt_lengths, load_records
 from pact_fast.data.segments import cut_by, turn_segments
 from pact_fast.envs.base import make_env
 from pact_fast.envs.replay import replay_traces
 from pact_fast.envs.toolbox.base_model import base_model_path
-
-# component -> (terminal style, HTML colours); chosen to stay apart for the colour-blind
-STYLES = {
-    Component.CONTEXT: ("dim", "#6b7280", "#ffffff"),
-    Component.REASONING: ("blue", "#1e3a8a", "#dbeafe"),
-    Component.STRUCTURE: ("bold magenta", "#86198f", "#fae8ff"),
-    Component.TOOL_CALL: ("bold green", "#14532d", "#bbf7d0"),
-    Component.TOOL_RESPONSE: ("yellow", "#713f12", "#fef9c3"),
-    Component.ANSWER: ("bold red", "#7f1d1d", "#fee2e2"),
-    Component.THINK_TAG: ("cyan", "#155e75", "#cffafe"),
-}
-MEANING = {
-    Component.CONTEXT: "prompt and template text, never a target",
-    Component.REASONING: "supervised up to the level; | ends one; struck through: in no level",
-    Component.STRUCTURE: "call tags and end of a calling turn, supervised like calls",
-    Component.TOOL_CALL: "supervised, weight lambda",
-    Component.TOOL_RESPONSE: "context only, never a target",
-    Component.ANSWER: "supervised only where the config says so",
-    Component.THINK_TAG: "supervised only where the config says so",
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.html:
             arguments.html.write_text(html_page(chat, chosen), encoding="utf-8")
             console.print(f"\nwrote {arguments.html}")
-    stale = 0 if arguments.no_replay else _print_replay(console, [item.record for item in encoded])
+    records = [item.record for item in encoded]
+    stale = 0 if arguments.no_replay else _print_replay(console, records, arguments.reward)
     bad = len(loaded.skipped)
     style = "bold red" if bad or stale else "bold green"
     told = f", {stale} with a trace that its tools contradict" if stale else ""
@@ -112,15 +94,15 @@ def coloured(chat: ChatFormat, tokens: Tokens) -> Text:
     for run, component, level in _runs(chat, tokens):
         if level > 1:
             text.append("|", style="bold blue reverse")
-        text.append(run, style=STYLES[component][0] + (" strike" if level > chat.levels else ""))
+        text.append(run, style=LOOKS[component].terminal + (" strike" if level > chat.levels else ""))
     return text
 
 
 def legend() -> Text:
     text = Text()
-    for component, (style, _, _) in STYLES.items():
-        text.append(f"{component.name.lower():14}", style=style)
-        text.append(f"{MEANING[component]}\n", style="dim")
+    for component, look in LOOKS.items():
+        text.append(f"{name_of(component):14}", style=look.terminal)
+        text.append(f"{look.meaning}\n", style="dim")
     return text
 
 
@@ -130,19 +112,21 @@ def html_page(chat: ChatFormat, item: Encoded) -> str:
     for run, component, level in _runs(chat, item.prompt + item.trace):
         if level > 1:
             spans.append('<b class="border">|</b>')
-        title = f"{component.name.lower()}: {MEANING[component]}"
+        name = name_of(component)
+        title = f"{name}: {LOOKS[component].meaning}"
         text = f"<s>{html.escape(run)}</s>" if level > chat.levels else html.escape(run)
-        spans.append(f'<span class="c{int(component)}" title="{html.escape(title)}">{text}</span>')
-    rules = "".join(f".c{int(c)}{{color:{ink};background:{paper}}}" for c, (_, ink, paper) in STYLES.items())
+        spans.append(f'<span class="{name}" title="{html.escape(title)}">{text}</span>')
     keys = "".join(
-        f'<li><span class="c{int(c)}">{c.name.lower()}</span> {html.escape(MEANING[c])}</li>' for c in STYLES
+        f'<li><span class="{name_of(c)}">{name_of(c)}</span> {html.escape(look.meaning)}</li>'
+        for c, look in LOOKS.items()
     )
     name = html.escape(item.record.id)
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>"
+        ":root{color-scheme:light dark}"
         "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "pre{white-space:pre-wrap;font:13px/1.6 ui-monospace,monospace;border:1px solid #d1d5db;padding:1rem}"
-        f"ul{{list-style:none;padding:0}}.border{{color:#1e3a8a}}{rules}</style>"
+        f"ul{{list-style:none;padding:0}}.border{{font-weight:bold}}{css()}</style>"
         f"<h1>{name}</h1><p>{html.escape(item.record.source)}: prompt {len(item.prompt)} tokens, "
         f"expert trace {len(item.trace)}.</p>"
         f"<ul>{keys}</ul><pre>{''.join(spans)}</pre></html>\n"
@@ -167,22 +151,22 @@ def _print_errors(console: Console, errors: Sequence[RecordError], shown: int = 
         console.print(f"... and {len(errors) - shown} more", style="red")
 
 
-def _print_replay(console: Console, records: Sequence[Record]) -> int:
+def _print_replay(console: Console, records: Sequence[Record], reward: str) -> int:
     """Runs the traces of records with Python tools; returns how many the tools contradict."""
     own = [record for record in records if record.env.get("codes") and record.expert_trace]
     if not own:
         return 0
-    env = make_env("python", {})
+    env = make_env("python", {"reward": reward})
     try:
         replays = replay_traces(env, own)
     finally:
         env.close()
     outcomes = [replay.outcome for replay in replays if replay.outcome is not None]
     solved = sum(outcome.solved for outcome in outcomes)
-    reward = sum(outcome.reward for outcome in outcomes) / max(1, len(outcomes))
+    mean = sum(outcome.reward for outcome in outcomes) / max(1, len(outcomes))
     stale = [replay for replay in replays if replay.differences]
     console.print(
-        f"traces run through their tools: {len(own)}, solved {solved}, mean reward {reward:.2f}, "
+        f"traces run through their tools: {len(own)}, solved {solved}, mean reward {mean:.2f}, "
         f"contradicted {len(stale)}"
     )
     for replay in [r for r in replays if r.outcome is not None and not r.outcome.solved][:5]:
@@ -218,7 +202,7 @@ def _print_counts(console: Console, encoded: Sequence[Encoded], chat: ChatFormat
     shares = Table("component of the trace", "tokens", "share", title="components")
     for component in Component:
         share = f"{counts[component] / total:.1%}"
-        shares.add_row(Text(component.name.lower(), STYLES[component][0]), f"{counts[component]:,}", share)
+        shares.add_row(Text(name_of(component), LOOKS[component].terminal), f"{counts[component]:,}", share)
     console.print(shares)
     _print_levels(console, encoded, chat)
 
@@ -277,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-limit", type=int, help="a longer prompt, in tokens, is a bad record")
     parser.add_argument("--no-trace", action="store_true", help="records need no expert trace")
     parser.add_argument("--no-replay", action="store_true", help="do not run the records' own Python tools")
+    parser.add_argument("--reward", default="solve", help="module:function of your own to score the traces")
     parser.add_argument("--skip-bad-records", action="store_true", help="list bad records but succeed")
     return parser
 

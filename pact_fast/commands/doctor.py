@@ -13,11 +13,9 @@ import operator
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +30,15 @@ NATIVE = Path(__file__).parent.parent / "_native"
 # (distribution, what its absence costs); EXTRAS says how it is installed.
 OPTIONAL = (
     ("triton", "Triton kernels: on CUDA the ops need impl='torch', several times slower and more memory"),
-    ("liger-kernel", "a peer in `pact-fast bench`, and `Policy(liger=True)`"),
+    (
+        "liger-kernel",
+        "fused norms, RoPE and SwiGLU (model.kernels), and a peer in `pact-fast bench`",
+    ),
     ("peft", "LoRA training"),
-    ("flash-attn", "a peer in `pact-fast bench`, and tree attention with impl='flash'"),
+    (
+        "flash-attn-4",
+        "tree attention at twice the speed on sm_90 and sm_100",
+    ),
     ("torchao", "8-bit AdamW"),
     ("bfcl-eval", "the `bfcl` environment"),
     ("wandb", "logging to Weights & Biases"),
@@ -44,7 +48,7 @@ EXTRAS = {
     "triton": "pip install 'pact-fast[triton]'",
     "liger-kernel": "pip install liger-kernel",
     "peft": "pip install 'pact-fast[lora]'",
-    "flash-attn": "pip install flash-attn --no-build-isolation",
+    "flash-attn-4": "pip install 'pact-fast[fa4]'",
     "torchao": "pip install 'pact-fast[adamw8bit]'",
     "bfcl-eval": "pip install --no-deps bfcl-eval==2026.3.23 && pip install 'pact-fast[bfcl]'",
     "wandb": "pip install 'pact-fast[wandb]'",
@@ -85,7 +89,6 @@ def examine() -> list[Finding]:
     findings += _guard("devices", _devices)
     findings += [_package(name, "optional", cost) for name, cost in OPTIONAL]
     findings += _guard("compiled", _native_parts)
-    findings += _guard("compiled", _nvcc)
     findings += _guard("sandbox", _sandbox)
     return findings
 
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 SANDBOX_COSTS = {
-    "namespaces": "tools see the network device and other processes; only the system-call filter stops them",
+    "namespaces": "tools see the network device and other processes, and read the environment of this user's",
     "root": "tools can read the files that you can read (docs/environments.md)",
     "limits": "a tool can take all memory",
     "capabilities": "a tool run by root keeps root's rights",
@@ -129,19 +132,34 @@ SANDBOX_COSTS = {
 
 def _sandbox() -> list[Finding]:
     """Which walls stand round tool code on this machine."""
-    from pact_fast.envs.sandbox.sandbox import Sandbox
+    from pact_fast.envs.sandbox.sandbox import WALLS, Sandbox
 
     with Sandbox() as sandbox:
+        open_walls = [name for name in WALLS if sandbox.protections[name] is not True]
+        refused = Finding(
+            "sandbox",
+            "sandbox: untrusted tools",
+            "missing" if open_walls else "ok",
+            f"refused: {', '.join(open_walls)} missing" if open_walls else "run, each call by itself",
+            "envs python, ftrl and toolhop need --env.settings.sandbox weak, at your own risk",
+        )
         return [
-            Finding(
-                "sandbox",
-                f"sandbox: {name}",
-                "ok" if holds is True else "missing",
-                "holds" if holds is True else str(holds),
-                SANDBOX_COSTS[name],
-            )
-            for name, holds in sandbox.protections.items()
+            refused,
+            *_walls(sandbox.protections),
         ]
+
+
+def _walls(protections: Mapping[str, Any]) -> list[Finding]:
+    return [
+        Finding(
+            "sandbox",
+            f"sandbox: {name}",
+            "ok" if holds is True else "missing",
+            "holds" if holds is True else str(holds),
+            SANDBOX_COSTS[name],
+        )
+        for name, holds in protections.items()
+    ]
 
 
 def _package(name: str, area: str, cost: str) -> Finding:
@@ -201,10 +219,7 @@ def _native_parts() -> list[Finding]:
     """The libraries that setup.py builds; each is loaded to see that it really works on this machine."""
     import ctypes
 
-    parts = {
-        "tree_pack": "trees are packed in NumPy, slower",
-        "logits_rows": "the fused head's row kernel runs in Triton or torch",
-    }
+    parts = {"tree_pack": "trees are packed in NumPy, slower"}
     found = {path.name.split(".")[0].removeprefix("lib"): path for path in NATIVE.glob("*.so")}
     findings = []
     for name, cost in parts.items():
@@ -220,17 +235,6 @@ def _native_parts() -> list[Finding]:
                 Finding("compiled", name, "error", str(error), f"{cost}; build it again: pip install -e .")
             )
     return findings
-
-
-def _nvcc() -> list[Finding]:
-    cost = "CUDA sources of csrc/ cannot be built; everything else works"
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    if path is None:
-        return [Finding("compiled", "nvcc", "missing", "not on PATH nor in CUDA_HOME", cost)]
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30).stdout
-    release = re.search(r"release ([\d.]+)", text)
-    return [Finding("compiled", "nvcc", "ok", f"{release[1] if release else 'unknown version'} ({path})")]
 
 
 def _guard(area: str, look: Callable[[], list[Finding]]) -> list[Finding]:

@@ -22,12 +22,12 @@ from pact_fast.data.records import Record, load_records
 from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
-from pact_fast.rollout import InProcessEngine, Rollout, RolloutLimits, collect_rollouts
+from pact_fast.rollout import Rollout, RolloutLimits, collect_rollouts, local_engine
 from pact_fast.train.build import device_of, load_pretrained, set_threads
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
 # environment's answers are short; models of the real benchmarks think before they call.
-LIMITS = {"toolbox": (10, 512, 128), "bfcl": (60, 16384, 1024)}
+LIMITS = {"toolbox": (10, 512, 128), "bfcl": (60, 16384, 1024), "ftrl": (20, 8192, 1024)}
 OTHER_LIMITS = (10, 8192, 1024)
 
 
@@ -43,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", type=int, help="only the first N tasks")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--samples", type=int, default=1, help="rollouts a task")
-    parser.add_argument("--max-turns", type=int, help="assistant turns (toolbox, ftrl, ...: 10; bfcl: 60)")
+    turns = "assistant turns (toolbox, ...: 10; ftrl: 20; bfcl: 60, with protocol=benchmark its own limit)"
+    parser.add_argument("--max-turns", type=int, help=turns)
     parser.add_argument(
         "--max-completion-length",
         type=int,
@@ -64,7 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(list(argv))
+    env = make_env(args.env, dict(parse_setting(s) for s in args.setting))
     limits = LIMITS.get(args.env, OTHER_LIMITS)
+    if getattr(env, "official", False):  # the environment's own limit, that of the benchmark, is to hold
+        limits = (env.max_turns, *limits[1:])  # type: ignore[attr-defined]
     for name, value in zip(("max_turns", "max_completion_length", "max_turn_length"), limits, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -73,7 +77,6 @@ def main(argv: Sequence[str]) -> int:
         named = path.resolve().name if path.exists() else args.model.replace("/", "-")
         # The model folder of a run is named after the run.
         args.out = f"runs/eval/{path.resolve().parent.name if named == 'model' else named}-{args.env}"
-    env = make_env(args.env, dict(_setting(s) for s in args.setting))
     try:
         rows = run(args, env)
     finally:
@@ -86,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--setting {text!r}: write KEY=VALUE")
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     limits = RolloutLimits(args.max_turns, args.max_completion_length, args.max_turn_length, context)
     roll = partial(
         collect_rollouts,
-        InProcessEngine(model, device=device, kv_memory=0.5),
+        local_engine(model, device),
         env,
         chat,
         temperature=args.temperature,

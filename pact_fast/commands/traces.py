@@ -29,6 +29,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -94,7 +95,15 @@ def _environment(args: argparse.Namespace) -> ToolEnv:
         config = load_config(args.file)
         return make_env(config.env.name, config.env.settings)
     # The same file for both splits: no task is held out.
-    return make_env(args.env, {"train_path": str(args.file), "validation_path": str(args.file)})
+    paths = {"train_path": str(args.file), "validation_path": str(args.file)}
+    return make_env(args.env, paths | dict(_setting(text) for text in args.setting))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--setting {text!r}: write KEY=VALUE")
+    return key, yaml.safe_load(value)
 
 
 def _is_url(teacher: str) -> bool:
@@ -353,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     make = commands.add_parser("make", parents=[shared], help="solve tasks with a teacher")
     make.add_argument("--teacher", required=True, help="URL of chat completions, or a model folder")
     make.add_argument("--env", default="python", help="environment of the records (python, ftrl, toolhop)")
+    make.add_argument("--setting", action="append", default=[], help="KEY=VALUE of the environment")
     make.add_argument("--tasks", type=int, help="only the first so many")
     make.add_argument("--samples", type=int, default=4, help="tries a task at most")
     make.add_argument("--keep", type=int, default=1, help="traces a task at most")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pact_fast.config import Config, bundled_configs, load_config
+from pact_fast.files import FULL, one_line
 from pact_fast.keys import described
 from pact_fast.objective import PRESETS
 
@@ -123,10 +123,11 @@ def _memory(config: Config) -> list[str]:
 
 def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | None, int]:
     """Trains -> trainer, summary (None where the run was stopped), exit status."""
-    from pact_fast.distributed import RankLost
+    from pact_fast.distributed import RankLost, RanksDisagree
     from pact_fast.rollout import RolloutError
     from pact_fast.train.checkpoint import CheckpointError
     from pact_fast.train.preemption import Preempted
+    from pact_fast.train.run_lock import RunInUse
     from pact_fast.train.trainer import Trainer, TrainingStopped
 
     trainer = Trainer(config, stop)
@@ -137,12 +138,15 @@ def _run(config: Config, stop: StopSignal) -> tuple[Trainer, dict[str, Any] | No
         if trainer.world.main:
             print(f"stopped by {stopped} and saved in {folder}; go on with --resume")
         return trainer, None, 130 if stop.by == "Ctrl-C" else 0
-    except (TrainingStopped, RankLost, CheckpointError) as error:
+    except RunInUse as error:
+        print(f"error: {error}", file=sys.stderr)
+        return trainer, None, 2
+    except (TrainingStopped, RanksDisagree, RankLost, CheckpointError) as error:
         print(f"stopped: {error}", file=sys.stderr)
     except RolloutError as error:
         print(f"stopped: {error}\nsaved in {folder}; go on with --resume", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
-        print(f"stopped: {error}: free some space and go on with --resume", file=sys.stderr)
+        print(f"stopped: {one_line(error)} and go on with --resume", file=sys.stderr)
     return trainer, None, 1

@@ -106,8 +106,8 @@ class ChatFormat:
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json): offsets are needed"
             )
-        headers = _headers_of(tokenizer)
-        own, own_syntax = _own_template(tokenizer)
+        headers = formats.headers_of(tokenizer)
+        own, own_syntax = formats.own_template(tokenizer)
         if name == "auto":
             default = "llama" if headers is formats.LLAMA3 else "hermes"
             name = own_syntax or default
@@ -428,35 +428,3 @@ def _cut(text: str, control: re.Pattern[str]) -> list[str]:
         pieces.append(text[: spelt.start() + 1])
         text = text[spelt.start() + 1 :]
     return [*pieces, text]
-
-
-def _headers_of(tokenizer: Any) -> Headers:
-    added = tokenizer.get_added_vocab()
-    for headers in (formats.CHATML, formats.LLAMA3):
-        if all(text in added for text in (*headers.special, headers.end)):
-            return headers
-    raise ValueError(
-        f"{type(tokenizer).__name__} ({tokenizer.name_or_path}) has neither <|im_start|>/<|im_end|> nor "
-        "<|start_header_id|>/<|eot_id|> as tokens: no chat format writes its turns"
-    )
-
-
-def _own_template(tokenizer: Any) -> tuple[str | None, str | None]:
-    """The tokenizer's own chat template and the syntax it writes calls in, or (None, None) where it knows
-    no tools.
-    """
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("tool_use") or own.get("default")
-    if not own or "tools" not in own:
-        return None, None
-    if "<function=" in own:
-        raise ValueError(
-            "the model's own chat template writes calls as XML (<function=...>), which is not supported; "
-            "drop tokenizer.chat_template to use the bundled hermes format"
-        )
-    if formats.CALL_OPEN in own:
-        return own, "hermes"
-    if '"parameters"' in own or "<|python_tag|>" in own or "ipython" in own:
-        return own, "llama"
-    return None, None

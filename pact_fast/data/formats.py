@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -76,3 +77,36 @@ BUNDLED: dict[tuple[str, Headers], tuple[CallSyntax, str]] = {
     ("llama", LLAMA3): (LLAMA, _template("llama3")),
 }
 FORMAT_NAMES = ("auto", "hermes", "compact", "llama")
+
+
+def headers_of(tokenizer: Any) -> Headers:
+    """The role markers of a tokenizer. ValueError where it has those of no known family."""
+    added = tokenizer.get_added_vocab()
+    for headers in (CHATML, LLAMA3):
+        if all(text in added for text in (*headers.special, headers.end)):
+            return headers
+    raise ValueError(
+        f"{type(tokenizer).__name__} ({tokenizer.name_or_path}) has neither <|im_start|>/<|im_end|> nor "
+        "<|start_header_id|>/<|eot_id|> as tokens: no chat format writes its turns"
+    )
+
+
+def own_template(tokenizer: Any) -> tuple[str | None, str | None]:
+    """The tokenizer's own chat template and the syntax it writes calls in, or (None, None) where it knows
+    no tools.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("tool_use") or own.get("default")
+    if not own or "tools" not in own:
+        return None, None
+    if "<function=" in own:
+        raise ValueError(
+            "the model's own chat template writes calls as XML (<function=...>), which is not supported; "
+            "drop tokenizer.chat_template to use the bundled hermes format"
+        )
+    if CALL_OPEN in own:
+        return own, "hermes"
+    if '"parameters"' in own or "<|python_tag|>" in own or "ipython" in own:
+        return own, "llama"
+    return None, None

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_fast.data.formats import CALL_CLOSE, CALL_OPEN, THINK_CLOSE, THINK_OPEN, CallSyntax
-from pact_fast.data.reading import check_bounds, clean_text, clean_value, read_json, read_json_at
+from pact_fast.data.reading import clean_value, read_json, read_json_at
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _bare_block(text: str) -> tuple[Blocks, str]:
     if body.startswith(("{", "[")):
         return [(body, True)], ""
     # A sentence before the calls is content, as in the hermes format.
-    start = re.search(r'^\s*\{\s*"(?:name|function)"', body, re.MULTILINE)
+    start = re.search(r'^[ \t]*\{\s*"(?:name|function)"', body, re.MULTILINE)
     if start is None:
         return [], text.strip()
     return [(body[start.start() :].strip(), True)], body[: start.start()].strip()
@@ -185,7 +185,7 @@ def _read_calls(block: str) -> list[ToolCall]:
         return [ToolCall("", None, "the call is an empty list", block)]
     if len(flat) == 1:
         return [_to_call(flat[0], block)]
-    return [_to_call(item, json.dumps(item, ensure_ascii=False)) for item in flat]
+    return [_to_call(item, json.dumps(clean_value(item), ensure_ascii=False)) for item in flat]
 
 
 def _read_values(block: str) -> tuple[list[Any], str | None]:
@@ -214,9 +214,8 @@ def _repair(block: str) -> Any | None:
             pass
     if len(block) <= 10_000:  # literal_eval's parser is slow and deep on hostile text
         try:
-            value = ast.literal_eval(block)
-            json.dumps(value, allow_nan=False)
-            check_bounds(value)
+            # As JSON would hold it: keys are text, tuples are lists.
+            value = read_json(json.dumps(ast.literal_eval(block), allow_nan=False))
             return value if isinstance(value, dict | list) else None
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pass
@@ -248,6 +247,7 @@ def _guess_name(block: str) -> str:
 
 
 def _to_call(value: Any, raw: str) -> ToolCall:
+    value = clean_value(value)
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict):
@@ -258,9 +258,9 @@ def _to_call(value: Any, raw: str) -> ToolCall:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = read_json(arguments, strict=False)
+            arguments = clean_value(read_json(arguments, strict=False))
         except ValueError as error:
             return ToolCall(name, None, f"arguments are not JSON: {error}", raw)
     if not isinstance(arguments, dict):
         return ToolCall(name, None, f"arguments must be a JSON object, got {type(arguments).__name__}", raw)
-    return ToolCall(clean_text(name), clean_value(arguments), None, raw)
+    return ToolCall(name, arguments, None, raw)

@@ -12,13 +12,14 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pact_fast.data.chat import AssistantTurn
 from pact_fast.data.records import Record
+from pact_fast.envs.plugins import is_path, load_env
 
 FAILURE_KINDS = (
     "no_call",  # ended without one well-formed call
@@ -28,6 +29,7 @@ FAILURE_KINDS = (
     "wrong_answer",
     "turn_limit",
     "length_limit",
+    "unreadable",  # something that the model or a tool wrote raised an error where it was read
 )
 
 
@@ -80,13 +82,24 @@ class Episode:
     def failure_kind(self, truncated: str | None, valid_calls: int) -> str:
         """The kind an unsolved episode is booked under: how it was cut off, else no call at all, else the
         kind of call failure that happened most, else the answer itself."""
-        if truncated is not None:
-            return truncated
+        if truncated is not None or "unreadable" in self.failures:
+            return truncated or "unreadable"
         if valid_calls == 0 and not self.failures:
             return "no_call"
         if self.failures:
             return max(FAILURE_KINDS, key=lambda kind: self.failures.get(kind, 0))
         return "wrong_answer"
+
+
+def reply_or_end(episode: Episode, reply: Callable[[], StepResult]) -> StepResult:
+    """`reply()`; where it raises over what the model or its tools wrote, that ends this episode and no
+    other."""
+    try:
+        return reply()
+    except Exception:
+        episode.done = True
+        episode.count_failure("unreadable")
+        return StepResult(done=True)
 
 
 class ToolEnv(Protocol):
@@ -133,11 +146,20 @@ REGISTRY = {
 def make_env(name: str, settings: Mapping[str, Any] | None = None) -> ToolEnv:
     """The environment `name` with `settings` (a mapping of its Settings dataclass' fields).
 
+    name: of a bundled environment, or `module:Class` / `module:function` of one's own (docs/environments.md).
+
     Raises ValueError for an unknown environment, an unknown setting (naming the nearest) or a value of the
     wrong type.
     """
+    if is_path(name):
+        return load_env(
+            name,
+            lambda cls: cls(settings_from(cls.Settings, settings or {}, where="env.settings")),
+            settings or {},
+        )
     if name not in REGISTRY:
-        raise ValueError(f"env.name: no environment {name!r}; {_nearest(name, REGISTRY)}")
+        known = f"{_nearest(name, REGISTRY)}, or module:Class of your own"
+        raise ValueError(f"env.name: no environment {name!r}; {known}")
     module, cls_name = REGISTRY[name].split(":")
     cls = getattr(importlib.import_module(module), cls_name)
     return cls(settings_from(cls.Settings, settings or {}, where=f"env.{name}"))

@@ -7,12 +7,14 @@ list of calls {"name", "arguments"}), from which an expert trace is made, or an 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
+from pact_fast.data.formats import THINK_CLOSE
 from pact_fast.data.records import Record
 from pact_fast.data.traces import Call, trace_from_calls
 from pact_fast.envs.base import Outcome
@@ -22,7 +24,7 @@ from pact_fast.envs.python_tools import (
     PythonToolsSettings,
     SourceEpisode,
     answers_of,
-    check_reward,
+    check_settings,
     solve_scores,
 )
 
@@ -37,7 +39,11 @@ class FtrlSettings(PythonToolsSettings):
     reward: str = "turn_f1"
 
     def __post_init__(self) -> None:
-        check_reward("ftrl", self, ("turn_f1", "solve_f1", *REWARDS))
+        check_settings("ftrl", self, ("turn_f1", "solve_f1", *REWARDS))
+
+
+class BadTruth(ValueError):
+    """A record's ground truth fails when its own calls are made."""
 
 
 class FtrlEnv(PythonToolsEnv):
@@ -51,6 +57,7 @@ class FtrlEnv(PythonToolsEnv):
     """
 
     name = "ftrl"
+    packages = ("pytz", "dateutil")
     Settings = FtrlSettings
 
     def _prepare(self, record: Record) -> Record:
@@ -63,12 +70,22 @@ class FtrlEnv(PythonToolsEnv):
 
     def _read(self, path: Path) -> list[Record]:
         records = [self._prepare(record) for record in super()._read(path)]
-        return [
-            replace(r, expert_trace=self._expert_trace(r, r.env["true_calls"]))
-            if r.env["true_calls"] and not r.expert_trace
-            else r
-            for r in records
-        ]
+        good, bad = [], []
+        for record in records:
+            try:
+                if record.env["true_calls"] and not record.expert_trace:
+                    trace = self._expert_trace(record, record.env["true_calls"])
+                    record = replace(record, expert_trace=trace)
+                good.append(record)
+            except BadTruth as error:
+                bad.append(str(error))
+        if bad and not good:
+            raise ValueError(f"{path}: no ground truth can be replayed; the first: {bad[0]}")
+        if bad:
+            listed = "; ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+            told = f"{path}: {len(bad)} of {len(records)} records are left out, their ground truth fails"
+            warnings.warn(f"{told}: {listed}", stacklevel=2)
+        return good
 
     def _expert_trace(self, record: Record, truth: Sequence[Call]) -> tuple[dict, ...]:
         """The ground-truth calls, really run, with reasoning that says what each is for."""
@@ -76,7 +93,10 @@ class FtrlEnv(PythonToolsEnv):
         def run(call: Call) -> str:
             episode = self.start([record])
             turn = AssistantTurn("", "", (ToolCall(call[0], dict(call[1]), None, ""),), "", True)
-            return self.step(episode, [turn])[0].tool_responses[0]
+            text = self.step(episode, [turn])[0].tool_responses[0]
+            if episode[0].failures:  # a call that fails teaches nothing
+                raise BadTruth(f"record {record.id!r}: ground_truth: {call[0]}({call[1]}): {text}"[:300])
+            return text
 
         answer = f"The answer is {', '.join(answers_of(record))}."
         if self.settings.matches_calls:
@@ -91,9 +111,12 @@ class FtrlEnv(PythonToolsEnv):
 
     def _closing_reward(self, episode: SourceEpisode, turn: AssistantTurn) -> float:
         answers = [a.lower().replace(",", "").strip() for a in answers_of(episode.record)]
-        if not turn.content and not turn.tool_calls:
+        # The tags are looked for in what was written: the parser leaves none of them in the content.
+        written = turn.raw.rpartition(THINK_CLOSE)[2] or turn.content
+        stray = bool(turn.tool_calls) or any(tag in written for tag in STRAY_TAGS)
+        if not turn.content and not stray:
             return -0.5
-        if turn.tool_calls or any(tag in turn.content for tag in STRAY_TAGS):
+        if stray:
             return -0.3
         if any(answer in turn.content.lower().replace(",", "") for answer in answers):
             return 1 / (1 + episode.unsolved)

@@ -3,25 +3,30 @@ ToolHop.
 
 A record's `env` holds `codes` ({tool name: source that defines a function of that name}), and `answer`
 (text, a number, or a list of alternatives) or `unsolved_set` ({tool name: values its calls should give}), or
-both. The source is untrusted: every call runs in the sandbox, in a namespace of its own. A tool's result
-becomes text the way FTRL does it: dicts and lists as JSON, text as it is, all else through str().
+both. The source is untrusted: every call runs in the sandbox, in a process of its own. A tool's result
+becomes text the way FTRL does it: dicts and lists as JSON (what JSON lacks inside of them as text), text as
+it is, all else through str().
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
+import json
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, load_records
-from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.base import Episode, Outcome, StepResult, reply_or_end
 from pact_fast.envs.call_matching import (
     REWARDS,
     Call,
@@ -31,6 +36,7 @@ from pact_fast.envs.call_matching import (
     reference_calls,
     tagged_answer,
 )
+from pact_fast.envs.plugins import CallMade, RewardInput, is_path, load_reward, score
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
 
 KNOWN = ("codes", "answer", "unsolved_set", "ground_truth")  # fields that this module and its heirs read
@@ -39,8 +45,8 @@ RENDER = """
 def render_result(name, arguments):
     import json
     value = globals()[name](**arguments)
-    if type(value) in (dict, list):
-        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False, default=str)
     return value if isinstance(value, str) else str(value)
 """
 
@@ -50,7 +56,8 @@ class PythonToolsSettings:
     """Files of records (.jsonl or .parquet), how their tools are run, and how episodes are rewarded.
 
     reward: "solve" (answer and sub-answers), or "call_matching" / "call_matching_greedy": calls matched with
-    the record's `ground_truth`, the answer in <answer> tags by words (pact_fast.envs.call_matching).
+    the record's `ground_truth`, the answer in <answer> tags by words (pact_fast.envs.call_matching); or
+    "module:function" / "module:Class" of one's own, called with a RewardInput (pact_fast.envs.plugins).
     unmatched_penalty: what a call without a match loses. answer_instruction: with call matching, what is
     added to a prompt that does not speak of <answer>; empty: nothing.
     """
@@ -71,20 +78,24 @@ class PythonToolsSettings:
     )
     workers: int = 2
     time_limit: float = 10.0  # seconds per call
-    memory_mb: int = 512  # per worker
+    memory_mb: int = 512  # per call
+    sandbox: str = "strict"  # "weak": run the tools even where the machine cannot shut them in
 
     def __post_init__(self) -> None:
-        check_reward("python", self, ("solve", *REWARDS))
+        check_settings("python", self, ("solve", *REWARDS))
 
     @property
     def matches_calls(self) -> bool:
         return self.reward in REWARDS
 
 
-def check_reward(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
-    """Raises ValueError for a reward that environment `name` does not have."""
-    if settings.reward not in rewards:
-        raise ValueError(f"env.{name}.reward: one of {', '.join(rewards)}, got {settings.reward!r}")
+def check_settings(name: str, settings: PythonToolsSettings, rewards: Sequence[str]) -> None:
+    """Raises ValueError for a reward or a sandbox that environment `name` does not have."""
+    if settings.sandbox not in ("strict", "weak"):
+        raise ValueError(f"env.{name}.sandbox: one of strict, weak, got {settings.sandbox!r}")
+    if settings.reward not in rewards and not is_path(settings.reward):
+        known = f"one of {', '.join(rewards)}, or module:function of your own"
+        raise ValueError(f"env.{name}.reward: {known}, got {settings.reward!r}")
 
 
 @dataclass
@@ -97,6 +108,8 @@ class SourceEpisode(Episode):
     turn_rewards: list[float] = field(default_factory=list)
     called: list[ToolCall] = field(default_factory=list)
     turn_calls: list[list[Call]] = field(default_factory=list)  # of each turn; an unreadable one is ("", {})
+    turns: list[AssistantTurn] = field(default_factory=list)
+    calls_made: list[CallMade] = field(default_factory=list)  # for a reward of one's own
     content: str = ""
     closed: bool = False  # ended by a turn without calls
     last_response: str | None = None  # the tool message just before the last assistant turn, if there is one
@@ -122,13 +135,22 @@ class PythonToolsEnv:
 
     name = "python"
     Settings: type[PythonToolsSettings] = PythonToolsSettings
+    packages: tuple[str, ...] = ()  # what tools may import beside the standard library, where it is installed
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.sandbox = Sandbox(
-            workers=settings.workers, time_limit=settings.time_limit, memory_mb=settings.memory_mb
+            workers=settings.workers,
+            time_limit=settings.time_limit,
+            memory_mb=settings.memory_mb,
+            packages=site_folders(self.packages),
+            weak=settings.sandbox == "weak",
         )
         self._files: dict[str, list[Record]] = {}
+        self._reward_at = f"env.{self.name}.reward {settings.reward}"
+        self._reward = (
+            load_reward(settings.reward, f"env.{self.name}.reward") if is_path(settings.reward) else None
+        )
 
     # Records
 
@@ -158,8 +180,10 @@ class PythonToolsEnv:
         path = getattr(self.settings, key)
         if path is None:
             raise ValueError(f"env.{self.name}.{key}: is not set, give the file of records")
+        self.sandbox.admit_untrusted()  # said before a model is trained, not at its first call
         if path not in self._files:
             self._files[path] = [self._prepare(r) for r in self._read(Path(path))]
+            warn_of_tools_that_cannot_run(path, self._files[path], self.packages)
         return self._files[path]
 
     def _read(self, path: Path) -> list[Record]:
@@ -185,7 +209,7 @@ class PythonToolsEnv:
                 bad_field(record, "unsolved_set", f"answers of tool {tool!r}, which `codes` does not hold")
         if env.get("answer") is not None:
             gold_answers(record, "answer", env["answer"])
-        elif not env["unsolved_set"]:
+        elif not env["unsolved_set"] and self._reward is None:
             near = difflib.get_close_matches("answer", [key for key in env if key not in KNOWN], 1)
             bad_field(record, "answer", "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
         env["true_calls"] = reference_calls(record)
@@ -214,14 +238,14 @@ class PythonToolsEnv:
         return SourceEpisode(record, remaining={tool: list(answers) for tool, answers in unsolved.items()})
 
     def step(self, episodes: Sequence[SourceEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
-        jobs = [
-            self._job(episode, call)
-            for episode, turn in zip(episodes, turns, strict=True)
-            for call in turn.tool_calls
-            if self._runs(episode, call)
+        rows = list(zip(episodes, turns, strict=True))
+        jobs = [[self._job(e, call) for call in t.tool_calls if self._runs(e, call)] for e, t in rows]
+        results = iter(self.sandbox.run([job for row in jobs for job in row]))
+        mine = [iter([next(results) for _ in row]) for row in jobs]
+        return [
+            reply_or_end(e, partial(self._step_one, e, t, given))
+            for (e, t), given in zip(rows, mine, strict=True)
         ]
-        results = iter(self.sandbox.run(jobs))
-        return [self._step_one(e, t, results) for e, t in zip(episodes, turns, strict=True)]
 
     def _runs(self, episode: SourceEpisode, call: ToolCall) -> bool:
         return call.error is None and call.name in episode.record.env["codes"]
@@ -234,6 +258,7 @@ class PythonToolsEnv:
         self, episode: SourceEpisode, turn: AssistantTurn, results: Iterator[CallResult]
     ) -> StepResult:
         episode.content = turn.content
+        episode.turns.append(turn)
         episode.turn_calls.append([(call.name, call.arguments or {}) for call in turn.tool_calls])
         if not turn.tool_calls:
             episode.done = episode.closed = True
@@ -243,6 +268,10 @@ class PythonToolsEnv:
         before = episode.solved
         responses = tuple(self._answer(episode, call, results) for call in turn.tool_calls)
         episode.last_response = responses[-1]
+        episode.calls_made += [
+            CallMade(call.name, call.arguments, text, call.error)
+            for call, text in zip(turn.tool_calls, responses, strict=True)
+        ]
         episode.done = episode.invalid_in_a_row >= self.settings.max_consecutive_invalid
         reward = self._turn_reward(episode, turn, episode.solved - before)
         episode.turn_rewards.append(reward)
@@ -272,7 +301,7 @@ class PythonToolsEnv:
     def _render(self, call: ToolCall, result: CallResult) -> tuple[str | None, str]:
         """(failure kind or None, text): arguments the function does not take are the model's mistake."""
         if result.kind == "ok":
-            return None, result.value
+            return None, result.value if isinstance(result.value, str) else json.dumps(result.value)
         name, _, message = result.error.partition(": ")
         wrong_arguments = name == "TypeError" and f"{call.name}()" in message
         kind = "bad_arguments" if wrong_arguments else "tool_error"
@@ -314,9 +343,17 @@ class PythonToolsEnv:
         solved: bool,
         scores: dict[str, float],
     ) -> Outcome:
-        """The outcome; with call matching the reward is the sum of the turns' rewards, whatever is given."""
+        """The outcome; with call matching the reward is the sum of the turns' rewards, with a function of
+        one's own what that gives, whatever is given here."""
+        turn_rewards = None
+        if self._reward is not None:
+            answer = episode.content if episode.closed else ""
+            turns, calls = tuple(episode.turns), tuple(episode.calls_made)
+            told = RewardInput(episode.record, turns, calls, answer, truncated, scores, solved)
+            reward, solved = score(self._reward, told, self._reward_at)
+            turn_rewards = (*[0.0] * (len(turns) - 1), reward)[: len(turns)]  # the last turn earns it
         failure = None if solved else episode.failure_kind(truncated, episode.valid_calls)
-        outcome = Outcome(reward=reward, solved=solved, scores=scores, calls=episode.calls, failure=failure)
+        outcome = Outcome(reward, solved, scores, episode.calls, failure, turn_rewards)
         if not self.settings.matches_calls:
             return outcome
         references = episode.record.env["true_calls"]
@@ -332,6 +369,44 @@ class PythonToolsEnv:
 
     def close(self) -> None:
         self.sandbox.close()
+
+
+def site_folders(packages: Sequence[str]) -> list[str]:
+    """The folders that hold those of the packages which are installed."""
+    found = [importlib.util.find_spec(name) for name in packages]
+    return sorted({str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin})
+
+
+def warn_of_tools_that_cannot_run(path: str, records: Sequence[Record], packages: Sequence[str]) -> None:
+    """Names the tools whose source imports what a call will not find."""
+    there = {name for name in packages if importlib.util.find_spec(name)} | sys.stdlib_module_names
+    lacking: dict[str, list[str]] = {}
+    for record in records:
+        for tool, source in record.env["codes"].items():
+            for module in imported(source) - there:
+                lacking.setdefault(module, []).append(f"{tool} of record {record.id!r}")
+    for module, tools in sorted(lacking.items()):
+        more = f" and {len(tools) - 3} more" if len(tools) > 3 else ""
+        hint = f": pip install {module.replace('dateutil', 'python-dateutil')}" if module in packages else ""
+        warnings.warn(
+            f"{path}: these tools import {module}, which the sandbox does not give them{hint}: "
+            f"{', '.join(tools[:3])}{more}",
+            stacklevel=3,
+        )
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of the modules that a source imports anywhere."""
+    names: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in other people's strings
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def solve_scores(episode: SourceEpisode) -> dict[str, float]:

@@ -22,7 +22,7 @@ from pact_fast.envs.python_tools import (
     PythonToolsSettings,
     SourceEpisode,
     answers_of,
-    check_reward,
+    check_settings,
     matches,
 )
 from pact_fast.envs.sandbox.sandbox import Program, SandboxCall
@@ -57,7 +57,7 @@ class ToolHopSettings(PythonToolsSettings):
             raise ValueError(f"env.toolhop.scenario: one of {', '.join(TEMPLATES)}, got {self.scenario!r}")
         if self.prompt_template is not None and "{question}" not in self.prompt_template:
             raise ValueError("env.toolhop.prompt_template: must contain {question}")
-        check_reward("toolhop", self, ("solve",))
+        check_settings("toolhop", self, ("solve",))
 
 
 class ToolHopEnv(PythonToolsEnv):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +14,9 @@ from rich.table import Table
 from pact_fast.evaluation.stats import (
     Interval,
     bootstrap_difference,
-    mean_interval,
     paired_difference,
-    share_interval,
+    score_mean,
+    seed_mean,
 )
 
 MODES = {"sampled": "T=1", "greedy": "greedy"}
@@ -56,10 +55,7 @@ def result_rows(runs: Sequence[FinishedRun], reference: str) -> list[dict[str, A
                 rows += _base_rows(of_setting[0], mode, score)
                 for name in presets:
                     means = [block[score] for block in blocks[name].values()]
-                    interval = mean_interval(means)
-                    if score == "solved":  # a share: few seeds can carry the t limits outside [0, 1]
-                        low, high = np.clip([interval.low, interval.high], 0, 1).tolist()
-                        interval = Interval(interval.mean, low, high, interval.n)
+                    interval = seed_mean(score, means)
                     value = next(run.value for run in of_setting if run.preset == name)
                     row = _row(setting, name, mode, score, interval, len(means), blocks[name])
                     row["tuned_value"] = "" if value is None else value
@@ -168,7 +164,7 @@ def _base_rows(run: FinishedRun, mode: str, score: str) -> list[dict[str, Any]]:
         return []
     block = _block(run, mode, "base")
     per_task = block[f"per_task_{score}"]
-    interval = share_interval(per_task) if score == "solved" else mean_interval(per_task)
+    interval = score_mean(score, per_task)
     return [_row(run.setting, "base", mode, score, interval, 1, {run.seed: block})]
 
 

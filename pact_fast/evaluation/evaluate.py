@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from pact_fast.data.chat import ChatFormat, Tokens
+from pact_fast.data.chat import AssistantTurn, ChatFormat, Component, Tokens
+from pact_fast.data.colours import name_of
 from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded, World
 from pact_fast.envs.base import FAILURE_KINDS, ToolEnv
@@ -70,6 +71,13 @@ def eval_row(summary: dict[str, Any], split: str, temperature: float) -> dict[st
     return row | {"eval/split": split, "eval/temperature": temperature}
 
 
+def turn_pieces(turn: AssistantTurn) -> list[tuple[Component, str]]:
+    """What a turn holds, in the order in which it is shown."""
+    pieces = [(Component.REASONING, turn.reasoning)]
+    pieces += [(Component.TOOL_CALL, call.raw.strip()) for call in turn.tool_calls]
+    return [piece for piece in (*pieces, (Component.ANSWER, turn.content)) if piece[1]]
+
+
 def transcript(rollout: Rollout, chat: ChatFormat) -> list[dict[str, str]]:
     """One rollout as readable pieces {"role", "component", "text"}, in order."""
     pieces = [
@@ -79,12 +87,8 @@ def transcript(rollout: Rollout, chat: ChatFormat) -> list[dict[str, str]]:
         at = [i for i, t in enumerate(rollout.turns) if t == turn]
         sampled = [rollout.token_ids[i] for i in at if rollout.sampled[i]]
         parsed = chat.parse(sampled, complete=True)
-        if parsed.reasoning:
-            pieces.append({"role": "assistant", "component": "reasoning", "text": parsed.reasoning})
-        for call in parsed.tool_calls:
-            pieces.append({"role": "assistant", "component": "tool_call", "text": call.raw.strip()})
-        if parsed.content:
-            pieces.append({"role": "assistant", "component": "answer", "text": parsed.content})
+        for component, text in turn_pieces(parsed):
+            pieces.append({"role": "assistant", "component": name_of(component), "text": text})
         reply = [i for i in at if not rollout.sampled[i]]
         if reply:
             text = chat.decode([rollout.token_ids[i] for i in reply])

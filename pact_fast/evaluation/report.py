@@ -8,7 +8,7 @@ Reads, all written by the trainer and each optional but the first:
                        "expected": str | None, "pieces": [{"role", "component", "text"}, ...]}
                       or just the list of pieces. Pieces follow each other as the model saw or wrote them and
                       join to the whole text; role is system | user | assistant | tool, component a name of
-                      data.Component in lower case (COMPONENTS below)
+                      data.Component in lower case
     config.json       the run's whole configuration
 
 `write_report(run_dir)` returns the page's path; `final_table(summary)` is the table at the end of training.
@@ -31,10 +31,12 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from pact_fast.evaluation.stats import Interval, mean_interval, share_interval
+from pact_fast.data.colours import css
+from pact_fast.evaluation.stats import Interval, score_mean
+from pact_fast.evaluation.transcripts import conversation, key_line
+from pact_fast.files import writing
 from pact_fast.metrics import METRICS_FILE, describe, read_metrics
 
-COMPONENTS = ("context", "reasoning", "structure", "tool_call", "tool_response", "answer")
 SCORES = (("solved", "solved share"), ("reward", "mean reward"), ("calls", "calls per task"))
 MODES = (("sampled", "T=1"), ("greedy", "greedy"))
 
@@ -68,7 +70,7 @@ def score_interval(block: Mapping[str, Any], name: str) -> Interval | None:
         return None
     per_task = block.get(f"per_task_{name}")
     if per_task:
-        return share_interval(per_task) if name == "solved" else mean_interval(per_task)
+        return score_mean(name, per_task)
     low, high = (block.get(f"{name}_{end}") for end in ("low", "high"))
     nan = float("nan")
     return Interval(
@@ -118,6 +120,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     page = Template(_PAGE).substitute(
         title=html.escape(f"{summary.get('preset', '')} {run_dir.resolve().name}".strip()),
         facts=_facts(rows, summary),
+        colours=css(),
         scores=_scores(summary),
         validation=_charts(rows, evaluation=True),
         charts=_charts(rows, evaluation=False),
@@ -127,7 +130,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     )
     path = run_dir / "report.html"
     beside = path.with_suffix(".html.tmp")
-    beside.write_text(page, encoding="utf-8")
+    with writing(beside):
+        beside.write_text(page, encoding="utf-8")
     beside.replace(path)
     return path
 
@@ -138,7 +142,7 @@ def _facts(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
     facts = {
         "preset": summary.get("preset"),
         "seed": summary.get("seed"),
-        "steps": last.get("step"),
+        "steps": last["step"] + 1 if last else None,  # rows count from 0
         "training time": f"{last['time'] / 60:.1f} min" if last.get("time") else None,
         "tokens trained on": f"{last['num_tokens']:,.0f}" if last.get("num_tokens") else None,
         "skipped steps": last.get("pact/skipped_steps"),
@@ -299,24 +303,11 @@ def _transcript(record: Any) -> str:
     if not record:
         return "<p>No transcript was recorded.</p>"
     facts, pieces = (record, record["pieces"]) if isinstance(record, dict) else ({}, record)
-    spans, role = [], None
-    for piece in pieces:
-        component = piece["component"].lower()
-        if component not in COMPONENTS:
-            raise ValueError(f"transcript.json: component {component!r} is none of {COMPONENTS}")
-        if piece["role"] != role:
-            role = piece["role"]
-            spans.append(f"</div><div class='turn'><b>{html.escape(role)}</b>")
-        spans.append(f"<span class='{component}' title='{component}'>{html.escape(piece['text'])}</span>")
-    key = " ".join(f"<span class='{name}'>{name.replace('_', ' ')}</span>" for name in COMPONENTS)
     shown = {
         k: facts[k] for k in ("task", "solved", "reward", "failure", "expected") if facts.get(k) is not None
     }
     line = ", ".join(f"{k}: {v}" for k, v in shown.items())
-    text = "".join(spans)
-    return (
-        f"<p>{html.escape(line)}</p><p class='key'>{key}</p><div class='transcript'><div>{text}</div></div>"
-    )
+    return f"<p>{html.escape(line)}</p>{key_line()}{conversation(pieces, 'transcript.json')}"
 
 
 def _scored_split(summary: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Which interval where:
     mean over tasks (reward, calls, shares of     Student t over the tasks' means; several attempts at a task
       several attempts a task)                     are averaged first, since they are not independent
     mean over seeds                               Student t over the seeds' means
+    of those, solved and calls                    cut to what a share and a count can be
     preset A minus preset B                       paired by seed: the difference of each seed, then Student t
                                                    over seeds; `bootstrap` also resamples the tasks
 """
@@ -19,6 +20,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+BOUNDS = {"solved": (0.0, 1.0), "calls": (0.0, np.inf)}  # of scores that have some
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,22 @@ def share_interval(per_task: Sequence[float], confidence: float = CONFIDENCE) ->
         return wilson(float(data.sum()), len(data), confidence)
     t = mean_interval(per_task, confidence)
     return Interval(t.mean, max(0.0, t.low), min(1.0, t.high), t.n)
+
+
+def score_mean(name: str, per_task: Sequence[float]) -> Interval:
+    """Interval of the mean over tasks of an evaluation's "solved" (a share), "calls" (a count) or another
+    score."""
+    return share_interval(per_task) if name == "solved" else _within(name, mean_interval(per_task))
+
+
+def seed_mean(name: str, means: Sequence[float]) -> Interval:
+    """Student t interval over the means of seeds, within what the score can be; few seeds carry it out."""
+    return _within(name, mean_interval(means))
+
+
+def _within(name: str, t: Interval) -> Interval:
+    low, high = np.clip([t.low, t.high], *BOUNDS.get(name, (-np.inf, np.inf))).tolist()
+    return Interval(t.mean, low, high, t.n)
 
 
 def paired_difference(
@@ -126,11 +144,9 @@ def evaluation_block(
     if len(lengths) != 1:
         raise ValueError(f"evaluation_block: the three lists differ in length: {sorted(lengths)}")
     block: dict[str, Any] = {"tasks": len(per_task_solved)}
-    for name, interval in (
-        ("solved", share_interval(per_task_solved)),
-        ("reward", mean_interval(per_task_reward)),
-        ("calls", mean_interval(per_task_calls)),
-    ):
+    scores = {"solved": per_task_solved, "reward": per_task_reward, "calls": per_task_calls}
+    for name, per_task in scores.items():
+        interval = score_mean(name, per_task)
         block |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
     block["per_task_solved"] = [float(value) for value in per_task_solved]
     block["per_task_reward"] = [float(value) for value in per_task_reward]

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pact_fast.config import ConfigError, RolloutConfig
 from pact_fast.distributed import Sharded
 from pact_fast.rollout.engine import Engine
@@ -14,6 +16,11 @@ from pact_fast.rollout.http.publish import Publisher
 from pact_fast.rollout.in_process.engine import InProcessEngine
 
 TOKEN = "PACT_FAST_TOKEN"  # environment variable: config.json of a run is no place for a secret
+
+
+def local_engine(model: Any, device: torch.device) -> Engine:
+    """The engine of commands that sample with a model of this process and train nothing."""
+    return InProcessEngine(model.to(device).eval(), device=device, kv_memory=0.5)
 
 
 def build_engine(config: RolloutConfig, model: Any, sharded: Sharded, run_dir: Path) -> Engine:

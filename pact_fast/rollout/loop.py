@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pact_fast.data.chat import ChatFormat, Tokens
+from pact_fast.data.chat import AssistantTurn, ChatFormat, Tokens
 from pact_fast.data.records import Record
-from pact_fast.envs.base import Outcome, ToolEnv
+from pact_fast.envs.base import Outcome, StepResult, ToolEnv
 from pact_fast.rollout.engine import Engine
 
 
@@ -139,8 +139,11 @@ def _run_wave(
             rollouts[i].add_sampled(generation.token_ids, generation.logprobs, turn)
             if generation.finish_reason != "stop":
                 rollouts[i].truncated = "length_limit"
-            else:
+                continue
+            try:
                 finished.append((i, chat.parse(generation.token_ids, complete=True)))
+            except Exception:  # nothing a model writes may end a run
+                rollouts[i].truncated = "unreadable"
         results = env.step([episodes[i] for i, _ in finished], [parsed for _, parsed in finished])
         active = []
         for (i, parsed), result in zip(finished, results, strict=True):
@@ -168,17 +171,28 @@ def _room(rollout: Rollout, limits: RolloutLimits) -> int:
     return min(limits.max_turn_length, limits.left(rollout))
 
 
+def reply_tokens(chat: ChatFormat, parsed: AssistantTurn, result: StepResult, turn: int) -> Tokens:
+    """The environment's answer to a turn, with the generation header of turn `turn`."""
+    reply = Tokens()
+    if result.tool_responses:
+        names = [call.name for call in parsed.tool_calls]
+        every = len(names) == len(result.tool_responses)  # an environment may pass over some
+        reply = chat.tool_results(result.tool_responses, turn, names=names if every else None)
+    if result.user_message is not None:
+        reply = chat.user(result.user_message, turn)
+    return reply
+
+
 def _append_reply(
     rollout: Rollout, chat: ChatFormat, parsed: Any, result: Any, turn: int, limits: RolloutLimits
 ) -> bool:
     """Adds the environment's answer and the next generation header; False where no room is left for a
-    turn."""
-    reply = Tokens()
-    if result.tool_responses:
-        names = [call.name for call in parsed.tool_calls]
-        reply = chat.tool_results(result.tool_responses, turn + 1, names=names)
-    if result.user_message is not None:
-        reply = chat.user(result.user_message, turn + 1)
+    turn, or the answer cannot be written as tokens."""
+    try:
+        reply = reply_tokens(chat, parsed, result, turn + 1)
+    except Exception:  # nothing a tool writes may end a run
+        rollout.truncated = "unreadable"
+        return False
     if len(reply) >= limits.left(rollout):
         rollout.truncated = "length_limit"
         return False

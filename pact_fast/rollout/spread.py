@@ -26,6 +26,7 @@ def spread_rollouts(
 
     RolloutError on every rank where one of them has no rollouts.
     """
+    sharded.world.begin("rollouts", [record.id for record in records])
     engine.prepare()
 
     def share() -> list[Rollout]:

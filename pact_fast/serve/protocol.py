@@ -28,34 +28,67 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 FIELDS = {"model", "prompt", "n", "max_tokens", "temperature", "seed", "stop_token_ids", "cache_salt"}
 FIELDS |= {"ignore_eos", *NEUTRAL}
 SEEDS = 2**63
+MAX_COPIES = 1024  # n
+MAX_TOKENS = 2**24  # prompts and completions of all rows of a request
+MIN_TEMPERATURE = 1e-5  # above 0, which is greedy: smaller ones divide logits to infinity
+SHOWN = 80  # characters of a value that a message repeats
 
 
 class BadRequest(ValueError):
     """A request that cannot be served as it is; the message names the field, its value and the way out."""
 
 
+def shown(value: Any) -> str:
+    """A value as a message repeats it: never at the length that a client sent."""
+    text = repr(value) if not isinstance(value, str | list) else repr(value[:SHOWN])
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def jobs_of(
-    body: Mapping[str, Any], *, model: str, vocabulary: int, max_model_len: int, eos: Sequence[int]
+    body: Mapping[str, Any],
+    *,
+    model: str,
+    vocabulary: int,
+    max_model_len: int,
+    eos: Sequence[int],
+    max_rows: int,
 ) -> list[Job]:
-    """The rows a request asks for, prompts major, n per prompt. Raises BadRequest."""
+    """The rows a request asks for, prompts major, n per prompt; none is made before all limits are kept.
+
+    max_rows: more can never be in line here, so that a request for more is wrong, not early. Raises
+    BadRequest.
+    """
     for name, value in body.items():
         if name not in FIELDS:
-            raise BadRequest(f"field {name!r} is not supported; there are {', '.join(sorted(FIELDS))}")
+            raise BadRequest(f"field {shown(name)} is not supported; there are {', '.join(sorted(FIELDS))}")
         if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-            raise BadRequest(f"{name}={value!r} is not supported: send {NEUTRAL[name][0]!r} or nothing")
+            raise BadRequest(f"{name}={shown(value)} is not supported: send {NEUTRAL[name][0]!r} or nothing")
     if body.get("model", model) != model:
-        raise BadRequest(f"model={body['model']!r} is not served here; this is {model!r}")
+        raise BadRequest(f"model={shown(body['model'])} is not served here; this is {model!r}")
     number = _Reader(body)
     max_tokens = number.integer("max_tokens", 16, 1, max_model_len)
     temperature = number.real("temperature", 1.0, 0.0, 1e6)
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise BadRequest(f"temperature={temperature!r}: send 0 (greedy) or at least {MIN_TEMPERATURE:g}")
     seed = number.integer("seed", secrets.randbelow(SEEDS), 0, SEEDS - 1)
-    copies = number.integer("n", 1, 1, 1024)
+    copies = number.integer("n", 1, 1, MAX_COPIES)
+    prompts = _prompts(body)
+    if len(prompts) * copies > max_rows:
+        raise BadRequest(
+            f"{len(prompts)} prompts and n={copies} are {len(prompts) * copies:,} rows; at most {max_rows:,} "
+            "fit in line: send fewer at a time"
+        )
+    tokens = copies * sum(len(prompt) + max_tokens for prompt in prompts)
+    if tokens > MAX_TOKENS:
+        raise BadRequest(
+            f"{len(prompts)} prompts, n={copies} and max_tokens={max_tokens} are up to {tokens:,} tokens; "
+            f"at most {MAX_TOKENS:,} fit in a request: send fewer prompts at a time"
+        )
     stops = body.get("stop_token_ids") or []
     _check_ids("stop_token_ids", stops, vocabulary)
     if not body.get("ignore_eos", False):
         stops = [*stops, *eos]
-    jobs = []
-    for prompt in _prompts(body):
+    for prompt in prompts:
         if not prompt:
             raise BadRequest("prompt is empty: the first token needs one before it")
         _check_ids("prompt", prompt, vocabulary)
@@ -64,18 +97,12 @@ def jobs_of(
                 f"prompt of {len(prompt)} tokens and max_tokens={max_tokens} exceed max_model_len="
                 f"{max_model_len}"
             )
-        for copy in range(copies):
-            jobs.append(
-                Job(
-                    list(prompt),
-                    max_tokens,
-                    temperature,
-                    (seed + copy) % SEEDS,
-                    frozenset(stops),
-                    salt=str(body.get("cache_salt") or ""),
-                )
-            )
-    return jobs
+    stop_ids, salt = frozenset(stops), str(body.get("cache_salt") or "")
+    return [
+        Job(list(prompt), max_tokens, temperature, (seed + copy) % SEEDS, stop_ids, salt=salt)
+        for prompt in prompts
+        for copy in range(copies)
+    ]
 
 
 def answer_of(
@@ -118,17 +145,19 @@ def _prompts(body: Mapping[str, Any]) -> list[list[int]]:
     if isinstance(prompt, list):
         return [prompt]
     raise BadRequest(
-        f"prompt={str(prompt)[:40]!r}: send token ids, a list of integers or a list of such lists; text is "
+        f"prompt={shown(prompt)}: send token ids, a list of integers or a list of such lists; text is "
         "never tokenised here"
     )
 
 
 def _check_ids(name: str, ids: Any, vocabulary: int) -> None:
     if not isinstance(ids, list):
-        raise BadRequest(f"{name}={str(ids)[:40]}: send a list of token ids")
+        raise BadRequest(f"{name}={shown(ids)}: send a list of token ids")
     for token in ids:
         if type(token) is not int or not 0 <= token < vocabulary:
-            raise BadRequest(f"{name} holds {token!r}: token ids are integers from 0 to {vocabulary - 1}")
+            raise BadRequest(
+                f"{name} holds {shown(token)}: token ids are integers from 0 to {vocabulary - 1}"
+            )
 
 
 class _Reader:
@@ -142,7 +171,7 @@ class _Reader:
         if value is None:
             return default
         if type(value) is not int or not low <= value <= high:
-            raise BadRequest(f"{name}={value!r}: send an integer from {low} to {high}")
+            raise BadRequest(f"{name}={shown(value)}: send an integer from {low} to {high}")
         return value
 
     def real(self, name: str, default: float, low: float, high: float) -> float:
@@ -150,5 +179,5 @@ class _Reader:
         if value is None:
             return default
         if type(value) not in (int, float) or not low <= value <= high:
-            raise BadRequest(f"{name}={value!r}: send a number from {low:g} to {high:g}")
+            raise BadRequest(f"{name}={shown(value)}: send a number from {low:g} to {high:g}")
         return value

@@ -17,6 +17,8 @@ from __future__ import annotations
 import hmac
 import itertools
 import json
+import os
+import re
 import select
 import socket
 import threading
@@ -25,17 +27,18 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from transformers import PreTrainedModel
 
 from pact_fast.rollout.in_process.engine import InProcessEngine
-from pact_fast.serve.protocol import BadRequest, answer_of, jobs_of
+from pact_fast.serve.protocol import BadRequest, answer_of, jobs_of, shown
 from pact_fast.serve.thread import EngineThread, Job, ServerBusy
 from pact_fast.serve.weights import WeightsRefused, reload_weights
 
 MAX_BODY = 64 * 2**20  # bytes
 IDLE = 600.0  # seconds a connection may be silent
+LINGER = 2.0  # seconds that a refused client may go on sending
 LOOK = 0.5  # seconds between two looks whether the client still waits
 MODES = ("abort", "keep")
 
@@ -90,6 +93,7 @@ class Service:
             vocabulary=self.vocabulary,
             max_model_len=self.max_model_len,
             eos=self.eos,
+            max_rows=self.engine.max_waiting,
         )
         self.engine.submit(jobs)
         for job in jobs:
@@ -129,10 +133,12 @@ class Service:
     def _rpc(self, body: dict[str, Any], query: dict[str, str]) -> dict[str, Any]:
         method, arguments = body.get("method"), body.get("kwargs") or {}
         if method != "reload_weights":
-            raise BadRequest(f"method={method!r} is not supported; there is 'reload_weights'")
-        path = arguments.get("weights_path")
+            raise BadRequest(f"method={shown(method)} is not supported; there is 'reload_weights'")
+        path = arguments.get("weights_path") if isinstance(arguments, dict) else None
         if not isinstance(path, str) or set(arguments) != {"weights_path"}:
-            raise BadRequest(f"kwargs={arguments!r}: send {{'weights_path': FOLDER}} and nothing else")
+            raise BadRequest(f"kwargs={shown(arguments)}: send {{'weights_path': FOLDER}} and nothing else")
+        if not is_path(path):
+            raise BadRequest(f"weights_path={shown(path)}: is no path of a file system")
         with self.engine.weights() as model:
             reload_weights(model, path, self.model_root)
         return {"results": [None]}
@@ -144,7 +150,7 @@ class Service:
     def _update_version(self, body: dict[str, Any], query: dict[str, str]) -> dict[str, Any]:
         version = body.get("new_version")
         if not isinstance(version, str) or not version:
-            raise BadRequest(f"new_version={version!r}: send a name, a string")
+            raise BadRequest(f"new_version={shown(version)}: send a name, a string")
         self.engine.version = version
         return {"success": True, "new_version": version}
 
@@ -176,19 +182,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve("POST")
 
     def _serve(self, verb: str) -> None:
+        self.unread = 0  # bytes of the body that are still to come
         try:
-            body = self._body()  # read before anything is refused: the connection stays usable
-            url = urlsplit(self.path)
-            self._admit(url.path)
-            query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+            size = self._size()
+            path, _, rest = self.path.partition("?")
+            self._admit(path)  # before a byte of the body is read
+            body = self._body(size)
+            query = {name: values[-1] for name, values in parse_qs(rest).items()}
             service = self.server.service
-            if (verb, url.path) == ("POST", "/v1/completions"):
+            if (verb, path) == ("POST", "/v1/completions"):
                 answer = service.complete(body, self._gone)
-            elif (verb, url.path) in service.routes:
-                answer = service.routes[verb, url.path](body, query)
+            elif (verb, path) in service.routes:
+                answer = service.routes[verb, path](body, query)
             else:
                 known = ", ".join(" ".join(route) for route in service.routes)
-                raise _Refused(404, f"no {verb} {url.path} here; there are POST /v1/completions, {known}")
+                raise _Refused(404, f"no {verb} {shown(path)} here; there are POST /v1/completions, {known}")
             self._send(200, answer)
         except _Refused as refusal:
             self._fail(refusal.status, refusal)
@@ -211,16 +219,24 @@ class _Handler(BaseHTTPRequestHandler):
                 "send the header 'Authorization: Bearer TOKEN' with the token this server was started with",
             )
 
-    def _body(self) -> dict[str, Any]:
+    def _size(self) -> int:
+        """Bytes of the body, from headers that leave no doubt where it ends."""
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True
             raise _Refused(411, "send the body with a Content-Length, not in chunks")
-        text = self.headers.get("Content-Length", "0")
-        if not text.isdigit() or int(text) > MAX_BODY:
+        texts = self.headers.get_all("Content-Length") or ["0"]
+        if len(set(texts)) > 1 or not re.fullmatch("[0-9]{1,18}", texts[0]):
             self.close_connection = True
-            raise _Refused(413, f"Content-Length {text!r}: send at most {MAX_BODY} bytes")
-        raw = self.rfile.read(int(text))
-        if len(raw) < int(text):
+            raise _Refused(400, f"Content-Length {shown(', '.join(texts))}: send one number of bytes")
+        self.unread = int(texts[0])
+        if self.unread > MAX_BODY:
+            raise _Refused(413, f"Content-Length {self.unread}: send at most {MAX_BODY} bytes")
+        return self.unread
+
+    def _body(self, size: int) -> dict[str, Any]:
+        raw = self.rfile.read(size)
+        self.unread = 0
+        if len(raw) < size:
             raise ConnectionError("the client left within its request")
         if not raw:
             return {}
@@ -243,7 +259,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail(self, status: int, error: Exception) -> None:
         kind = type(error).__name__.removeprefix("_")
+        self.close_connection |= self.unread > 0
         self._send(status, {"error": {"message": str(error), "type": kind, "code": status}})
+        if self.unread:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Ends a connection whose body was not read. What still comes is passed over for a moment: closed at
+        once, the answer could be lost on its way."""
+        deadline = time.monotonic() + LINGER
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(1 << 16):
+                    break
+        except OSError:
+            pass
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
         data = json.dumps(answer, allow_nan=False).encode()
@@ -251,6 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
+            if self.close_connection:
+                self.send_header("Connection", "close")
             if status == 503:
                 self.send_header("Retry-After", "1")
             # One write: header and body in two would wait for each other's acknowledgement.
@@ -292,6 +326,18 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away; `_serve` answers everything else
+
+
+def is_path(text: str) -> bool:
+    """Whether the file system can be asked about `text`: no NUL, no half of a surrogate pair, no such
+    length."""
+    try:
+        os.lstat(text)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError) as error:
+        return isinstance(error, PermissionError | NotADirectoryError)
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,10 +26,12 @@ from pact_fast.objective import (
 )
 from pact_fast.ops import PactLossOutput, linear_pact_loss
 from pact_fast.rollout import Rollout
+from pact_fast.train.forwards import in_part, plan_forwards, rounds_of
 from pact_fast.tree.families import attention_pairs
-from pact_fast.tree.packing import TreePack, pack_linear, pack_tree, plan_packs
+from pact_fast.tree.packing import TreePack, pack_linear, pack_tree
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
+from pact_fast.tree.streaming import Part, Prefix
 
 T = TypeVar("T")
 
@@ -215,16 +217,23 @@ def trim(sample: Sample) -> Sample:
 
 @dataclass
 class PackLoss:
-    """Loss of one pack: outputs of the policy rows and of the trace rows, beside the samples they came
-    from."""
+    """Loss of one pack; `output` is of the live tokens of `samples`, one after another (None without any)."""
 
-    loss: Tensor
     samples: list[Sample]
-    policy: PactLossOutput | None
-    sft: PactLossOutput | None
     num_tokens: int
     num_pairs: int  # of a token and one it attends to, over all layers
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    output: PactLossOutput | None = None
     router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
+
+    def policy_rows(self) -> Tensor:
+        """bool [rows of output]: those of rollouts; the others are of traces."""
+        return torch.cat([torch.full((len(s.live()),), s.is_policy) for s in self.samples])
+
+    @classmethod
+    def of(cls, policy: Policy, pack: TreePack, samples: list[Sample]) -> PackLoss:
+        """Not computed yet."""
+        return cls(samples, pack.num_tokens, attention_pairs(policy.family, pack.position_ids))
 
 
 def pack_losses(
@@ -235,6 +244,7 @@ def pack_losses(
     token_budget: int,
     packing: str = "tree",
     temperature: float = 1.0,
+    prefix: str = "auto",
     impl: str = "auto",
     sharded: Sharded | None = None,
 ) -> Iterator[PackLoss]:
@@ -246,44 +256,64 @@ def pack_losses(
         token_budget: packed tokens a forward may hold.
         packing: "tree" shares prefixes, "none" lays every sequence out alone.
         temperature: of the rollouts; traces are always scored at 1.
+        prefix: of a record whose tree is over the budget: "stream", "recompute" or "auto" (`plan_forwards`).
         sharded: with several ranks each takes its share of the packs, equally many: where they do not go
             round, a rank gets an empty one, whose loss and gradient are exactly zero.
     """
     tree = packing == "tree"
-    plan = plan_packs(
-        [s.ids for s in samples], token_budget, groups=[s.record_id for s in samples], share=tree
-    )
+    plan, streamed = plan_forwards(policy.family, samples, token_budget, share=tree, prefix=prefix)
+    rounds = rounds_of(streamed, sharded)
     if sharded is not None:
-        plan = sharded.world.pad_shard(plan, [])
+        plan = sharded.world.rounds("update", plan, [])
+    backwards = len(plan) + sum(len(split.parts) + 1 for _, split in rounds)
 
     def lay_out(indices: Sequence[int]) -> TreePack:
         ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
         return (pack_tree if tree else pack_linear)(ids)
 
-    balance = _Balance.of(policy, samples, plan, lay_out, sharded) if policy.family.router_coef else None
+    def run(compute: Callable[[], Tensor], *, last: bool | None = None) -> Tensor:
+        """Where the head's weight is whole; `last`: whether the backward of what comes out is the last."""
+        if sharded is None:
+            return compute()
+        if last is not None:
+            sharded.sync_gradients(last)
+        return sharded.run(compute)
+
+    balance = None
+    if plan and policy.family.router_coef:
+        balance = _Balance.of(policy, samples, plan, lay_out, sharded)
+    loss = partial(_rows_loss, policy, objective, impl)
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
         pack = lay_out(indices)
-        pairs = attention_pairs(policy.family, pack.position_ids)
-        outputs: dict[bool, PactLossOutput | None] = {}
-        router: list[Tensor] = []
-        compute = partial(
-            _pack_loss, policy, pack, chosen, objective, temperature, impl, outputs, balance, indices, router
+        out = PackLoss.of(policy, pack, chosen)
+        compute = partial(_pack_loss, policy, pack, loss, out, temperature, balance, indices)
+        out.loss = run(compute, last=number == backwards - 1)
+        yield out
+    done = len(plan)
+    for indices, split in rounds:
+        chosen = [samples[i] for i in indices]
+        above: list[Prefix] = []
+
+        def trunk_hidden(trunk: TreePack = split.trunk, above: list[Prefix] = above) -> Tensor:
+            above.append(policy.prefix(trunk))
+            return above[0].hidden
+
+        run(trunk_hidden)
+        for part in split.parts:
+            done += 1
+            out = PackLoss.of(policy, part.pack, in_part(chosen, part.pack))
+            out.loss = run(
+                partial(_part_loss, policy, part, above[0], loss, out, temperature), last=done == backwards
+            )
+            yield out
+        done += 1
+        out = PackLoss.of(policy, split.trunk, in_part(chosen, split.trunk))
+        out.loss = run(
+            partial(_trunk_loss, policy, above[0], split.trunk, loss, out, temperature),
+            last=done == backwards,
         )
-        if sharded is None:
-            total = compute()
-        else:
-            sharded.sync_gradients(number == len(plan) - 1)
-            total = sharded.run(compute)
-        yield PackLoss(
-            total,
-            chosen,
-            outputs[True],
-            outputs[False],
-            pack.num_tokens,
-            pairs,
-            router[0] if router else None,
-        )
+        yield out
 
 
 @dataclass
@@ -333,75 +363,103 @@ class _Balance:
 def _pack_loss(
     policy: Policy,
     pack: TreePack,
-    samples: Sequence[Sample],
-    objective: ObjectiveConfig,
+    loss: Callable[..., list[Tensor]],
+    out: PackLoss,
     temperature: float,
-    impl: str,
-    outputs: dict[bool, PactLossOutput | None],
     balance: _Balance | None,
     indices: Sequence[int],
-    router: list[Tensor],
 ) -> Tensor:
-    """Loss of one pack; the outputs of its policy rows (True) and trace rows (False) go into `outputs`, its
-    part of the router's auxiliary loss into `router`, where `balance` is given; `indices`: of the samples."""
-    # Before the forward: a copy to the device waits for what is queued there.
-    rows = {k: _loss_rows(pack, samples, k, policy.device) if samples else None for k in (True, False)}
+    """Loss of one pack; its outputs and its part of the router's auxiliary loss, where `balance` is given, go
+    into `out`; `indices`: of the samples."""
+    rows = _loss_rows(pack, out.samples, temperature, policy.device)
     if balance is None:
-        hidden = policy.hidden(pack)
-    else:
-        hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
-        aux = balance_loss(load.probs, balance.counts, balance.routings)
-        router.append(policy.family.router_coef * aux)
-    for kind, terms in rows.items():
-        scale = temperature if kind else 1.0
-        outputs[kind] = _call_op(policy, hidden, terms, objective, scale, impl) if terms else None
-    losses = [o.loss for o in outputs.values() if o is not None]
-    if not losses:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
-        losses = [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
-    return torch.stack(losses + router).sum()
+        return torch.stack(loss(rows, policy.hidden(pack), out)).sum()
+    hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
+    out.router_loss = policy.family.router_coef * balance_loss(load.probs, balance.counts, balance.routings)
+    return torch.stack([*loss(rows, hidden, out), out.router_loss]).sum()
+
+
+def _part_loss(
+    policy: Policy,
+    part: Part,
+    above: Prefix,
+    loss: Callable[..., list[Tensor]],
+    out: PackLoss,
+    temperature: float,
+) -> Tensor:
+    rows = _loss_rows(part.pack, out.samples, temperature, policy.device)
+    return torch.stack(loss(rows, policy.hidden_behind(part, above), out)).sum()
+
+
+def _trunk_loss(
+    policy: Policy,
+    above: Prefix,
+    trunk: TreePack,
+    loss: Callable[..., list[Tensor]],
+    out: PackLoss,
+    temperature: float,
+) -> Tensor:
+    total = torch.stack(
+        loss(_loss_rows(trunk, out.samples, temperature, policy.device), above.hidden, out)
+    ).sum()
+    return above.send_back(total)
+
+
+def _rows_loss(
+    policy: Policy,
+    objective: ObjectiveConfig,
+    impl: str,
+    rows: dict[str, Any],
+    hidden: Tensor,
+    out: PackLoss,
+) -> list[Tensor]:
+    """The loss of a pack's rows in a list of one; the op's output goes into `out`, without a gradient."""
+    if not rows:  # Ranks must exchange the same gradients: the head's is there too, as zeros.
+        return [t.sum() * 0.0 for t in (hidden, *policy.head[:2]) if t is not None]
+    output = _call_op(policy, hidden, rows, objective, impl)
+    out.output = output._replace(loss=output.loss.detach())
+    return [output.loss]
 
 
 def _loss_rows(
-    pack: TreePack, samples: Sequence[Sample], is_policy: bool, device: torch.device
-) -> dict[str, Any] | None:
-    """Arguments of `linear_pact_loss` for the policy rows, or for the trace rows, of a pack; None without
-    any."""
+    pack: TreePack, samples: Sequence[Sample], temperature: float, device: torch.device
+) -> dict[str, Any]:
+    """Per-row arguments of `linear_pact_loss`: a pack's live tokens, sample by sample; empty without any.
+
+    A trace's rows have policy weight 0 and temperature 1; what only rollouts have is 0 there.
+    """
     rows: dict[str, list[Tensor]] = {}
-
-    def add(name: str, values: Tensor) -> None:
-        rows.setdefault(name, []).append(values)
-
+    kinds = {s.is_policy for s in samples if len(s.live())}
+    if not kinds:
+        return {}
+    names = ["policy_weight", "advantages"] * (True in kinds) + ["sft_weight"] * (False in kinds)
+    names += [
+        name
+        for name in ("old_logprobs", "ref_logprobs")
+        if any(s.is_policy and getattr(s, name) is not None for s in samples)
+    ]
     for sample, index in zip(samples, pack.token_index, strict=True):
         live = sample.live()
-        if sample.is_policy != is_policy or not len(live):
-            continue
-        add("target", sample.ids[live])
-        add("row_index", index[live - 1])
-        if is_policy:
-            add("policy_weight", sample.policy_weight[live])
-            add("advantages", sample.advantages[live])
-            if sample.old_logprobs is not None:
-                add("old_logprobs", sample.old_logprobs[live])
-            if sample.ref_logprobs is not None:
-                add("ref_logprobs", sample.ref_logprobs[live])
-        else:
-            add("sft_weight", sample.sft_weight[live])
-    return {k: torch.cat(v).to(device) for k, v in rows.items()} or None
+        values = {"target": sample.ids[live], "row_index": index[live - 1]}
+        for name in names:
+            value = getattr(sample, name)
+            if value is None and sample.is_policy:
+                raise ValueError(f"{name} is missing in a rollout of {sample.record_id}, but not in others")
+            values[name] = torch.zeros(len(live)) if value is None else value[live]
+        if temperature != 1.0:
+            values["temperature"] = torch.full((len(live),), temperature if sample.is_policy else 1.0)
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    return {name: torch.cat(value).to(device) for name, value in rows.items()}
 
 
 def _call_op(
-    policy: Policy,
-    hidden: Tensor,
-    rows: dict[str, Any],
-    objective: ObjectiveConfig,
-    temperature: float,
-    impl: str,
+    policy: Policy, hidden: Tensor, rows: dict[str, Any], objective: ObjectiveConfig, impl: str
 ) -> PactLossOutput:
-    head = policy.head
+    head, temperature = policy.head, rows.pop("temperature", 1.0)
     return linear_pact_loss(
         hidden,
         head.weight,
-        rows.pop("target"),
         **rows,
         epsilon_low=objective.epsilon,
         epsilon_high=objective.epsilon if objective.epsilon_high is None else objective.epsilon_high,

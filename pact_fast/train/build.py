@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pact_fast.config import Config, ConfigError, DistributedConfig, LoraConfig, ModelConfig, TrainConfig
 from pact_fast.distributed import Sharded, World
 from pact_fast.envs.toolbox.base_model import base_model_path
+from pact_fast.train.memory import choose_checkpointing, device_capacity
 from pact_fast.train.optimizer import AdamWBF16, adamw_8bit
+from pact_fast.tree.families import causal_lm, check_model
 from pact_fast.tree.policy import Policy
 
 SMALL_MODEL = 10_000_000  # parameters; two threads took longer than one on every model tried below it
@@ -107,11 +109,17 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
     return peft.get_peft_model(model, settings)
 
 
-def build_policy(model: Any, config: ModelConfig) -> Policy:
+def build_policy(model: Any, config: ModelConfig, tokens: int, ranks: int = 1) -> Policy:
+    """`tokens`: packed tokens of the largest forward, `ranks`: that share the states; both for "auto"."""
+    checkpointing: str = config.gradient_checkpointing
+    if checkpointing == "auto":
+        capacity = device_capacity(next(model.parameters()).device)
+        checkpointing = choose_checkpointing(check_model(causal_lm(model)), ranks, tokens, capacity)
     return Policy(
         model,
         attention=config.attention,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
+        kernels=config.kernels,
         compile=config.compile,
     )
 
@@ -123,7 +131,8 @@ def build_reference(policy: Policy, config: Config) -> Policy | None:
         return None
     if config.lora.rank:
         return policy
-    return build_policy(copy.deepcopy(policy.model).requires_grad_(False).eval(), config.model)
+    frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
+    return build_policy(frozen, config.model, config.train.token_budget)
 
 
 def build_sharded(model: nn.Module, world: World, config: DistributedConfig) -> Sharded:

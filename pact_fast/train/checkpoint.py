@@ -33,6 +33,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from pact_fast.files import file_error, write_synced
 from pact_fast.train.optimizer import plain_states, rebuilt_states
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -110,9 +111,9 @@ class Checkpointer:
             else:
                 self._join(warn=True)
 
-    def wait(self) -> None:
-        """Returns when the last save is on disk; raises CheckpointError where it failed."""
-        self._join(warn=False)
+    def wait(self, *, warn: bool = False) -> None:
+        """Returns when the last save is on disk; raises CheckpointError where it failed, or warns of it."""
+        self._join(warn=warn)
 
     def _join(self, *, warn: bool) -> None:
         if self._thread is not None:
@@ -138,7 +139,7 @@ class Checkpointer:
             building.mkdir(parents=True)
 
         def finish() -> None:
-            _write_synced(building / STATE, text)
+            write_synced(building / STATE, text)
             _write_manifest(building, json.loads(text))
             replaced = self.folder / f"{REPLACED}{target.name}"
             if target.exists():  # a damaged one, or one of a run that was resumed before it
@@ -156,7 +157,7 @@ class Checkpointer:
                 dcp.save(
                     tensors, storage_writer=writer, process_group=self._group, no_dist=not self._distributed
                 )
-            _write_synced(building / f"rank-{self.rank}.json", draws)
+            write_synced(building / f"rank-{self.rank}.json", draws)
 
         try:
             self._together(prepare if self.rank == 0 else _nothing)
@@ -292,13 +293,6 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    _write_synced(beside, json.dumps(value, indent=1))
-    beside.replace(path)
-
-
 def _write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -306,7 +300,7 @@ def _write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
     }
     content = {"format": FORMAT, "step": record["step"], "score": record["score"], "files": files}
     seal = hashlib.sha256(_canonical(content)).hexdigest()
-    _write_synced(folder / MANIFEST, json.dumps(content | {"sha256": seal}, indent=1))
+    write_synced(folder / MANIFEST, json.dumps(content | {"sha256": seal}, indent=1))
     _sync_folder(folder)
 
 
@@ -323,13 +317,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync_folder(folder: Path) -> None:
     """A rename is safe only once the folder that holds it is on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -340,6 +327,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    """The cause in one line: of what a disk refused, the system's own words."""
+    behind = file_error(error)
+    if behind is not None and behind.strerror:
+        return f"{behind.strerror} ({behind.filename})" if behind.filename else behind.strerror
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -97,20 +97,22 @@ def context_metrics(
 
     `pact/logprob_mismatch`, `_max`: |engine - trainer|, prompt-only, sampled tokens; of rollouts sampled
     ahead with what the updates since then changed. `pact/trace_gain`: mean of log pi(y|x,h) - log pi(y|x)
-    over sampled tokens of the rollouts trained under the trace. `pact/is_correction`: mean importance
+    over sampled tokens of the rollouts trained under the trace, also of those of positive and of negative
+    advantage (`_positive`, `_negative`). `pact/is_correction`: mean importance
     ratio, with a cap.
     """
     if not scores:
         return {}
     gap = torch.cat([s.mismatch[s.sampled].abs() for s in scores])
     row = {"pact/logprob_mismatch": float(gap.mean()), "pact/logprob_mismatch_max": float(gap.max())}
-    gains = [
-        (s.in_context[s.start :] - s.prompt_only)[s.sampled]
-        for sample, s in zip(samples, scores, strict=True)
-        if not sample.prompt_only
-    ]
-    if gains:
-        row["pact/trace_gain"] = float(torch.cat(gains).mean())
+    shown = [(a, s) for a, s in zip(samples, scores, strict=True) if not a.prompt_only]
+    if shown:
+        gain = torch.cat([(s.in_context[s.start :] - s.prompt_only)[s.sampled] for _, s in shown])
+        advantage = torch.cat([a.advantages[s.start :][s.sampled] for a, s in shown])
+        row["pact/trace_gain"] = float(gain.mean())
+        for sign, chosen in (("positive", advantage > 0), ("negative", advantage < 0)):
+            if chosen.any():
+                row[f"pact/trace_gain_{sign}"] = float(gain[chosen].mean())
     if cap is not None:
         ratios = torch.cat([importance_ratios(s, cap)[s.start :][s.sampled] for s in scores])
         row["pact/is_correction"] = float(ratios.mean())
@@ -159,10 +161,14 @@ def _spread_logprobs(
     # A rank scores the prompts that are its own, so that their sequences still share a tree.
     world, place = sharded.world, {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
     mine = [i for i, owner in enumerate(owners) if place[owner] % world.size == world.rank]
-    with sharded.summon_full_params():
+
+    def score() -> dict[int, Tensor]:
+        if not mine:
+            return {}
         part = sequence_logprobs(
             policy, [sequences[i] for i in mine], temperature=temperature, token_budget=token_budget
         )
-    found = world.gather({i: scores.cpu() for i, scores in zip(mine, part, strict=True)})
-    scored = {i: scores for share in found for i, scores in share.items()}
+        return {i: scores.cpu() for i, scores in zip(mine, part, strict=True)}
+
+    scored = {i: scores for share in sharded.apart("score", score) for i, scores in share.items()}
     return [scored[i] for i in range(len(sequences))]

@@ -68,30 +68,29 @@ def pack_metrics(pack: PackLoss) -> dict[str, float]:
     }
     if pack.router_loss is not None:
         out["router_loss"] = float(pack.router_loss.detach())
-    if pack.policy is not None:
-        chosen = [s for s in pack.samples if s.is_policy]
-        live = [s.live() for s in chosen]
-        rows = sum(len(i) for i in live)
-        out["rows"] = rows
+    if pack.output is None:
+        return out
+    policy, logprobs = pack.policy_rows(), pack.output.logprobs.cpu()
+    out["rows"], count = len(logprobs), int(policy.sum())
+    if count:
+        rollouts = [s for s in pack.samples if s.is_policy]
         out |= {
-            "policy_loss": float(pack.policy.policy_loss),
-            "policy_rows": rows,
-            "policy_weight": float(sum(s.policy_weight.sum() for s in chosen)),
-            "kl": float(pack.policy.kl),
-            "entropy": float(pack.policy.entropy),
-            "clipped": float(pack.policy.clip_fraction) * rows,
+            "policy_loss": float(pack.output.policy_loss),
+            "policy_rows": count,
+            "policy_weight": float(sum(s.policy_weight.sum() for s in rollouts)),
+            "kl": float(pack.output.kl),
+            "entropy": float(pack.output.entropy),
+            "clipped": float(pack.output.clip_fraction) * count,
         }
-        if chosen[0].old_logprobs is not None:
-            old = torch.cat([s.old_logprobs[i] for s, i in zip(chosen, live, strict=True)])  # type: ignore[index]
-            out["ppo_kl"] = float((old - pack.policy.logprobs.cpu()).sum())
-    if pack.sft is not None:
-        logprobs = pack.sft.logprobs
+        old = [s.old_logprobs[s.live()] for s in rollouts if s.old_logprobs is not None]
+        if old:
+            out["ppo_kl"] = float((torch.cat(old) - logprobs[policy]).sum())
+    if count < len(logprobs):
         out |= {
-            "sft_loss": float(pack.sft.sft_loss),
-            "sft_rows": len(logprobs),
-            "sft_logprob": float(logprobs.sum()),
+            "sft_loss": float(pack.output.sft_loss),
+            "sft_rows": len(logprobs) - count,
+            "sft_logprob": float(logprobs[~policy].sum()),
         }
-        out["rows"] = out.get("rows", 0.0) + len(logprobs)
     return out
 
 

@@ -21,6 +21,7 @@ from pact_fast.data.records import Record
 from pact_fast.distributed import join_world, plain
 from pact_fast.envs.base import make_env
 from pact_fast.evaluation.evaluate import eval_row, evaluate, transcript
+from pact_fast.files import write_json, writing
 from pact_fast.metrics import MetricsLogger, ProgressDisplay, check_trackers
 from pact_fast.objective import Schedule, SFTStrength
 from pact_fast.rollout import Overlap, Rollout, RolloutError, RolloutLimits, build_engine
@@ -34,7 +35,7 @@ from pact_fast.train.build import (
     device_of,
     set_threads,
 )
-from pact_fast.train.checkpoint import Checkpointer, write_json
+from pact_fast.train.checkpoint import Checkpointer
 from pact_fast.train.old_logprobs import (
     context_metrics,
     importance_ratios,
@@ -45,6 +46,7 @@ from pact_fast.train.optimizer import learning_rate, set_learning_rate
 from pact_fast.train.preemption import Preempted, StopSignal
 from pact_fast.train.rollouts import StepSampler, load_split
 from pact_fast.train.run_folder import claim
+from pact_fast.train.run_lock import RunLock
 from pact_fast.train.step_metrics import (
     Phases,
     Update,
@@ -54,6 +56,7 @@ from pact_fast.train.step_metrics import (
     speed,
     update_metrics,
 )
+from pact_fast.train.transfer import context_transfer, transfer_metrics
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "tokens_trained", "evaluated")
 
@@ -79,7 +82,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir) / config.run.name
         self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
         set_threads(config.run.threads, self.model)
-        self.policy = build_policy(self.model, config.model)
+        self.policy = build_policy(self.model, config.model, config.train.token_budget, self.world.size)
         self.chat = ChatFormat.for_tokenizer(
             self.tokenizer, config.model.chat_format, levels=config.objective.reasoning_levels
         )
@@ -137,6 +140,8 @@ class Trainer:
         gauge |= row.get("pact/staleness", 0) > 0
         with phases("score"):
             row |= self.score(mini_batches, {r.id: r for r in records}, several or gauge)
+            if config.eval.transfer_every and step % config.eval.transfer_every == 0:
+                row |= self.transfer(mini_batches, {r.id: r for r in records})
         updates = []
         with phases("update"):
             for _ in range(config.train.num_iterations):
@@ -186,6 +191,23 @@ class Trainer:
             for sample, logprobs in zip(samples, found, strict=True):
                 sample.ref_logprobs = logprobs
         return row
+
+    def transfer(
+        self, mini_batches: Sequence[Sequence[Sample]], records: dict[str, Record]
+    ) -> dict[str, float]:
+        """`pact/context_transfer` of a step."""
+        if self.world.size > 1:
+            every = self.config.eval.transfer_every
+            raise ConfigError(f"eval.transfer_every={every}: takes one process, there are more: give 0")
+        found = context_transfer(
+            self.policy,
+            self.builder,
+            [s for part in mini_batches for s in part],
+            records,
+            temperature=self.config.rollout.temperature,
+            token_budget=self.config.train.token_budget,
+        )
+        return transfer_metrics(found)
 
     def rollout(self, records: Sequence[Record], step: int) -> list[Rollout]:
         """The step's rollouts, sampled ahead or now; begins the next step's where these are to be ahead."""
@@ -242,6 +264,7 @@ class Trainer:
             config.objective,
             token_budget=config.train.token_budget,
             packing=config.train.packing,
+            prefix=config.train.prefix,
             temperature=config.rollout.temperature,
             sharded=self.sharded,
         ):
@@ -294,7 +317,15 @@ class Trainer:
     # -- the run -----------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds."""
+        """Trains to max_steps, scores, writes the run folder; returns what `summary.json` holds.
+
+        Raises RunInUse where another process trains there, CheckpointError where the last checkpoint could
+        not be written: all else is done and written then.
+        """
+        with RunLock(self.run_dir, self.world):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         config = self.config
         self._claim_folder()
         self._write("config.json", config.to_dict())
@@ -335,7 +366,9 @@ class Trainer:
                 self.save()
                 summary["final"], shown = self.final_scores()
             except (Preempted, RolloutError, TrainingStopped) as stop:  # of all ranks: they save together
-                if not isinstance(stop, TrainingStopped):
+                if isinstance(stop, TrainingStopped):
+                    self.checkpoints.wait(warn=True)
+                else:
                     self.checkpoint(done, summary.get("base"), wait=True)
                 self.save()
                 raise
@@ -344,6 +377,7 @@ class Trainer:
                     logger.log(total, eval_row(scores, split, float(mode == "sampled")))
         self._write("transcript.json", transcript(shown, self.chat))
         self._write("summary.json", summary)
+        self.checkpoints.wait()  # a run is done when its last save is known to be on disk
         return summary
 
     def _claim_folder(self) -> None:
@@ -403,7 +437,9 @@ class Trainer:
     def save(self) -> None:
         """Writes the policy as a plain Hugging Face folder."""
         state = self.sharded.state_dict()
-        if self.world.main:
+        if not self.world.main:
+            return
+        with writing(self.run_dir / "model"):
             self.model.save_pretrained(self.run_dir / "model", state_dict=state)
             self.tokenizer.save_pretrained(self.run_dir / "model")
 

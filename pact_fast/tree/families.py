@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 LAYER_KINDS = ("full_attention", "sliding_attention")
 
@@ -217,7 +218,8 @@ def model_flops(
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers causal LM itself: what PEFT has wrapped, else the model."""
+    """The transformers causal LM itself: what DDP or PEFT has wrapped, else the model."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     unwrap: Any = getattr(model, "get_base_model", None)
     return unwrap() if unwrap else model
 

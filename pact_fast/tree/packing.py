@@ -89,6 +89,13 @@ class TreePack:
             if (parent[path] != before).any():
                 raise ValueError(f"token_index[{s}] is not a path from a root of the tree")
 
+    def check_vocabulary(self, vocabulary: int) -> None:
+        """ValueError, naming the sequence, where a token id is none of a model's `vocabulary` tokens."""
+        if self.num_tokens and int(self.input_ids.max()) >= vocabulary:
+            for s, index in enumerate(self.token_index):
+                check_ids(self.input_ids[index], vocabulary, f"sequences[{s}]")
+            check_ids(self.input_ids, vocabulary, "input_ids")
+
     def check_positions(self) -> np.ndarray:
         """Depth of every token [T]; ValueError unless `subtree_end` is a tree and positions equal depths."""
         depth = tree_depth(self.subtree_end.cpu().numpy())
@@ -106,9 +113,17 @@ def _as_array(sequence, s: int) -> np.ndarray:
     """One sequence as int64 [len]; ValueError names the sequence and what is wrong."""
     if isinstance(sequence, torch.Tensor):
         sequence = sequence.detach().cpu().numpy()
-    array = np.asarray(sequence)
+    try:
+        array = np.asarray(sequence)
+    except ValueError:
+        raise ValueError(f"sequences[{s}] must be a flat list of token ids, got a ragged one") from None
     if array.size == 0 and array.ndim == 1:
         return np.empty(0, np.int64)
+    if array.ndim == 0:
+        raise ValueError(
+            f"sequences[{s}] is {sequence!r:.40}, not a list or tensor of token ids: a single sequence is "
+            "given as [ids], a batch as a list of them"
+        )
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(
             f"sequences[{s}] must be a flat list or tensor of token ids, got {array.dtype} {array.shape}"
@@ -125,6 +140,17 @@ def _refuse_negative(input_ids: np.ndarray, arrays: list[np.ndarray]) -> None:
     raise ValueError(
         f"sequences[{s}][{i}] = {arrays[s][i]}: token ids cannot be negative (labels such as -100 are not)"
     )
+
+
+def check_ids(ids: torch.Tensor, vocabulary: int, name: str) -> None:
+    """ValueError where one of `ids` [n] is none of a model's tokens. An embedding's own error names no id,
+    and on a GPU it ends the process."""
+    if (wrong := ((ids < 0) | (ids >= vocabulary)).nonzero()).numel():
+        i = int(wrong[0])
+        raise ValueError(
+            f"{name}[{i}] = {int(ids[i])}, but the model's vocabulary has {vocabulary} tokens (0 to "
+            f"{vocabulary - 1}): do tokenizer and model belong together?"
+        )
 
 
 class _Trie:

@@ -8,22 +8,28 @@ to ours. Any other attention would silently misread the position ids of a tree a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
+from pact_fast.kernels.tree_attention import kept
 from pact_fast.ops import tree_attention, tree_plan
-from pact_fast.tree.families import HeadParams, causal_lm, check_model, decoder_layers, head_params
+from pact_fast.tree import fused_layers as fused
+from pact_fast.tree.families import Family, HeadParams, causal_lm, check_model, decoder_layers, head_params
+from pact_fast.tree.fused_layers import Kernels
 from pact_fast.tree.packing import TreePack
+from pact_fast.tree.replicas import check_exchanged, within_forward
 from pact_fast.tree.router import RouterLoad, record_router_logits, router_load
+from pact_fast.tree.streaming import Part, Prefix
 
+CHECKPOINTING = ("none", "full", "keep_attention")
 ATTENTION = "pact_tree"  # no "flash", "sdpa" or "flex" in the name: transformers acts on those
-LIGER = ("llama", "qwen2", "qwen3")  # families whose Liger kernels a test compares with the plain model
 
 
 @torch.compiler.disable
@@ -54,8 +60,13 @@ def _pact_tree_attention(
     pact_tree.layers += 1
     layer: Any = module.layer_idx
     k, v = pact_tree.extend(layer, k, v)
-    plan = pact_tree.plan(sliding_window)
-    out: Any = tree_attention(q, k, v, pact_tree.subtree_end, scale=scaling, window=sliding_window, plan=plan)
+    plan = pact_tree.plan(sliding_window, q)
+    out: Any
+    if pact_tree.kept is not None and torch.is_grad_enabled():
+        out = kept.tree_attention(q, k, v, plan, pact_tree.kept, layer, scale=scaling)
+    else:
+        end = pact_tree.subtree_end
+        out = tree_attention(q, k, v, end, scale=scaling, window=sliding_window, plan=plan)
     return out[None], None
 
 
@@ -66,7 +77,9 @@ class _TreeCall:
     """One pack on its way through the layers; plans are made once and shared by all of them.
 
     `cache`: (keys, values) [P, Hkv, D] of the path above the pack, per layer, and `keep`: the tokens of path
-    and pack whose keys and values the next pack needs; both None outside `Policy.stream`.
+    and pack whose keys and values the next pack needs; both None outside `Policy.stream`. `made`: takes each
+    layer's keys and values as they are in the graph; `prefix` and `chosen`: keys and values of a trunk per
+    layer, and its tokens that are the path above the pack. `kept`: attention outputs of checkpointed layers.
     """
 
     def __init__(
@@ -76,24 +89,42 @@ class _TreeCall:
         cache: dict | None = None,
         keep: Tensor | None = None,
         path: int = 0,
+        made: dict | None = None,
+        prefix: dict | None = None,
+        chosen: Tensor | None = None,
     ) -> None:
         self.subtree_end = subtree_end
         self.impl = impl
         self.cache = cache
         self.keep = keep
         self.path = path
+        self.made = made
+        self.prefix = prefix
+        self.chosen = chosen
+        self.kept: dict | None = None
         self.layers = 0  # layers that have called our attention
         self._plans: dict[int | None, Any] = {}
 
-    def plan(self, window: int | None):
+    def plan(self, window: int | None, query: Tensor):
+        """`query`: [T, Hq, D], for what "auto" chooses by."""
         if window not in self._plans:
             self._plans[window] = tree_plan(
-                self.subtree_end, window=window, first_query=self.path, impl=self.impl
+                self.subtree_end,
+                window=window,
+                first_query=self.path,
+                impl=self.impl,
+                head_dim=query.shape[2],
+                dtype=query.dtype,
             )
         return self._plans[window]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the path and the pack; remembers those that `keep` names."""
+        """Keys and values of the path and the pack; remembers those that `keep` names, or all (`made`)."""
+        if self.made is not None:
+            self.made.setdefault(layer, (k, v))  # a recomputing backward comes here again
+        if self.prefix is not None:
+            above = (x[self.chosen] for x in self.prefix[layer])
+            return torch.cat((next(above), k)), torch.cat((next(above), v))
         if self.cache is None or self.keep is None:
             return k, v
         if self.path:
@@ -106,12 +137,16 @@ class Policy:
     """A causal LM of a family that `pact_fast.tree.families` knows, run on token trees.
 
     Args:
-        model: a transformers causal LM, or a PEFT model around one.
+        model: a transformers causal LM, a PEFT model around one, or DistributedDataParallel around either:
+            then the backward exchanges gradients as after `ddp(...)`, and every rank must call `hidden` with
+            gradients equally often (`ddp.no_sync()` between). Not `ddp.module`: that is refused.
         attention: implementation of `ops.tree_attention`: "auto", "torch", ...
-        gradient_checkpointing: recompute every decoder layer in the backward instead of keeping its
-            activations.
-        liger: replace RMSNorm, RoPE and SwiGLU by Liger's Triton kernels (package liger-kernel). This changes
-            the model itself, and RoPE for every model of its family in the process, as Liger does it.
+        gradient_checkpointing: "none"; "full": keep the input of every decoder layer alone and recompute the
+            layer in the backward; "keep_attention": keep its attention's output and log-sum-exp besides, so
+            that no attention is recomputed (as a bool: full or none).
+        kernels: of RMSNorm, RoPE and SwiGLU: "none" (the model's own), "liger" (the package liger-kernel's),
+            "auto": liger on a GPU where it is installed, knows the family and nothing is compiled. In effect
+            within `hidden` and `stream` alone.
         compile: backend of torch.compile ("inductor") for the decoder layers, within `hidden` and `stream`
             alone; attention itself stays outside of the compiled parts.
 
@@ -122,21 +157,27 @@ class Policy:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | nn.Module,
         *,
         attention: str = "auto",
-        gradient_checkpointing: bool = False,
-        liger: bool = False,
+        gradient_checkpointing: str | bool = "none",
+        kernels: str = "none",
         compile: str | None = None,
     ) -> None:
         causal = causal_lm(model)
         self.family = check_model(causal)
-        if liger:
-            _apply_liger(causal)
+        self.kernels = _choose_kernels(kernels, causal, self.family, compile)
         self.model = model
         self.attention = attention
-        self.gradient_checkpointing = gradient_checkpointing
+        if isinstance(gradient_checkpointing, bool):
+            gradient_checkpointing = "full" if gradient_checkpointing else "none"
+        self.gradient_checkpointing: str = gradient_checkpointing
+        if self.gradient_checkpointing not in CHECKPOINTING:
+            raise ValueError(
+                f"gradient_checkpointing={gradient_checkpointing!r}: choose from {', '.join(CHECKPOINTING)}"
+            )
         self._causal: Any = causal
+        self._alone = False  # whether no DDP around the model was found
         self._layers: list[Any] = [m for m in causal.modules() if hasattr(type(m), "gradient_checkpointing")]
         self._compiled: list[tuple[Any, Any]] = []
         if compile is not None:
@@ -163,10 +204,32 @@ class Policy:
         """
         if pack.num_tokens == 0:
             return self.head.weight.new_zeros(0, self._causal.config.hidden_size)
-        pack.check_positions()
+        self._check(pack)
         pack = pack.to(self.device)
         call = _TreeCall(pack.subtree_end, self.attention)
         return self._forward(pack.input_ids, pack.position_ids, call)
+
+    def prefix(self, trunk: TreePack) -> Prefix:
+        """Hidden states, keys and values of the trunk of a tree that is too large for one forward: see
+        `pact_fast.tree.streaming`. Differentiable."""
+        trunk.check_positions()
+        trunk = trunk.to(self.device)
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+        call = _TreeCall(trunk.subtree_end, self.attention, made=made)
+        return Prefix(self._forward(trunk.input_ids, trunk.position_ids, call), made)
+
+    def hidden_behind(self, part: Part, prefix: Prefix) -> Tensor:
+        """Hidden states [n, H] of tokens that hang on a trunk. Differentiable in the weights and, into
+        `prefix.leaves`, in the trunk's keys and values."""
+        part = part.to(self.device)
+        call = _TreeCall(
+            part.pack.subtree_end,
+            self.attention,
+            path=part.path.numel(),
+            prefix=prefix.leaves,
+            chosen=part.path,
+        )
+        return self._forward(part.pack.input_ids, part.pack.position_ids, call)
 
     def hidden_and_load(self, pack: TreePack, counted: Tensor | None = None) -> tuple[Tensor, RouterLoad]:
         """As `hidden`, and where the expert layers sent the packed tokens `counted` (bool [T], default all):
@@ -178,6 +241,10 @@ class Policy:
         where = None if counted is None else counted.to(self.device)
         return hidden, router_load(logits, self.family.experts_per_token, where)
 
+    def _check(self, pack: TreePack) -> None:
+        pack.check_positions()
+        pack.check_vocabulary(self.family.vocabulary)
+
     def _forward(self, input_ids: Tensor, position_ids: Tensor, call: _TreeCall) -> Tensor:
         config = self._causal.config
         if self._causal.training and (dropout := getattr(config, "attention_dropout", 0.0)):
@@ -185,19 +252,42 @@ class Policy:
                 f"attention_dropout = {dropout} in training: tree attention has no dropout; set it to 0 in "
                 "the model's config or call model.eval()"
             )
-        with self._inside(config), self._checkpointing(config):
-            out = self._causal.model(
+        if self.gradient_checkpointing == "keep_attention":
+            call.kept = {}
+        if torch.is_grad_enabled():
+            self._check_replica()
+
+        def run() -> Tensor:
+            decoder: Any = self._causal.model
+            out = decoder(
                 input_ids=input_ids[None],
                 position_ids=position_ids[None],
                 use_cache=False,
                 pact_tree=call,
             )
+            return out.last_hidden_state[0]
+
+        with self._inside(config), self._checkpointing(config):
+            hidden = within_forward(self.model, run)
         if call.layers != config.num_hidden_layers:
             raise RuntimeError(
                 f"{call.layers} of {config.num_hidden_layers} layers ran the tree attention: another one "
                 "would read the tree as something else; remove what replaces the model's attention"
             )
-        return out.last_hidden_state[0]
+        return hidden
+
+    def _check_replica(self) -> None:
+        """ValueError where DDP would not exchange the gradients of what Policy computes."""
+        if not isinstance(self.model, DistributedDataParallel):
+            if not self._alone:
+                check_exchanged(self._causal)
+                self._alone = True
+        elif self.model.find_unused_parameters and self.head.weight.requires_grad:
+            raise ValueError(
+                "DistributedDataParallel(..., find_unused_parameters=True) takes the LM head for unused, "
+                "which the loss reads beside the forward: leave it False (in the arguments of transformers "
+                "and TRL, ddp_find_unused_parameters=False)"
+            )
 
     @torch.no_grad()
     def stream(self, pack: TreePack, chunk_tokens: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -207,7 +297,7 @@ class Policy:
         above [depth of first, H], those of the ancestors of token `first`. In pre-order a chunk needs no
         other earlier token, so beside one chunk's activations only the keys and values of one path are kept.
         """
-        pack.check_positions()
+        self._check(pack)
         pack = pack.to(self.device)
         end = pack.subtree_end
         total = pack.num_tokens
@@ -225,10 +315,14 @@ class Policy:
             above = torch.cat((above, hidden))[keep]
             path = here[keep]
 
+    def fused_layers(self) -> AbstractContextManager[None]:
+        """Inside, the model runs on the fused layers that `hidden` runs on, and nothing else is changed."""
+        return nullcontext() if self.kernels is None else fused.fused_layers(self._causal, self.kernels)
+
     @contextmanager
     def _inside(self, config) -> Iterator[None]:
-        """Our attention, and the compiled layers where asked; what the model has otherwise comes back."""
-        with _tree_attention_on(config):
+        """Our attention, and fused or compiled layers where asked; what the model has itself comes back."""
+        with _tree_attention_on(config), self.fused_layers():
             for layer, compiled in self._compiled:
                 layer.forward = compiled
             try:
@@ -240,7 +334,9 @@ class Policy:
     @contextmanager
     def _checkpointing(self, config) -> Iterator[None]:
         """Checkpoint the layers of this forward where asked, here or on the model; then restore it."""
-        wanted = self.gradient_checkpointing or any(layer.gradient_checkpointing for layer in self._layers)
+        wanted = self.gradient_checkpointing != "none" or any(
+            layer.gradient_checkpointing for layer in self._layers
+        )
         if not (wanted and torch.is_grad_enabled()):
             yield
             return
@@ -269,6 +365,21 @@ class Policy:
                 layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = state
 
 
+def _choose_kernels(name: str, model: Any, family: Family, compiled: str | None) -> Kernels | None:
+    if name not in ("auto", "liger", "none"):
+        raise ValueError(f"kernels={name!r}: choose from auto, liger, none")
+    if name == "auto":
+        on_gpu = next(model.parameters()).is_cuda
+        fits = family.name in fused.FAMILIES and compiled is None
+        name = "liger" if on_gpu and fits and fused.installed() else "none"
+    if name == "none":
+        return None
+    if compiled is not None:
+        raise ValueError(f"kernels=liger and compile={compiled!r} fuse the same layers: choose one of them")
+    fused.check_family(family)
+    return fused.liger_kernels()
+
+
 @contextmanager
 def _tree_attention_on(config) -> Iterator[None]:
     before = config._attn_implementation
@@ -277,16 +388,3 @@ def _tree_attention_on(config) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-def _apply_liger(model: Any) -> None:
-    if (kind := model.config.model_type) not in LIGER:
-        raise ValueError(f"liger=True: its kernels for {kind!r} are not tested here, only {', '.join(LIGER)}")
-    try:
-        from liger_kernel.transformers import monkey_patch
-    except ImportError as error:
-        raise ImportError("liger=True needs the package liger-kernel: pip install liger-kernel") from error
-    apply = getattr(monkey_patch, f"apply_liger_kernel_to_{kind}")
-    # The head and its loss are ours.
-    heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    apply(rope=True, rms_norm=True, swiglu=True, **heads, model=model)

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from pact_fast.ops import linear_logprob
-from pact_fast.tree.packing import TreePack, pack_tree, plan_packs
+from pact_fast.tree.packing import TreePack, check_ids, pack_tree, plan_packs
 from pact_fast.tree.policy import Policy
 
 Tokens = Sequence[int] | Tensor
 
 
 def sequence_logprobs(
-    model: Policy | PreTrainedModel,
+    model: Policy | nn.Module,
     sequences: Sequence[Tokens],
     *,
     temperature: float = 1.0,
@@ -32,7 +31,7 @@ def sequence_logprobs(
         logprobs = logits.log_softmax(-1).gather(1, sequence[1:, None])[:, 0]
 
     Args:
-        model: a Policy, or a Hugging Face causal LM of a family that Policy accepts.
+        model: a Policy, or what Policy takes: a Hugging Face causal LM, with PEFT or DDP around it or not.
         sequences: lists or [len] tensors of token ids, len >= 1.
         temperature: divides the logits.
         token_budget: packed tokens of one forward. More take several: with gradients, packs that repeat the
@@ -44,11 +43,17 @@ def sequence_logprobs(
         A list of fp32 [len - 1], on the model's device. Differentiable where gradients are enabled: use
         `torch.no_grad()` to score.
     """
-    return _score(model, sequences, [1] * len(sequences), temperature, token_budget, impl)
+    policy = _policy(model, impl)
+    tensors = [_tensor(sequence, f"sequences[{s}]") for s, sequence in enumerate(sequences)]
+    for name, ids in _named("sequences", tensors):
+        if ids.numel() == 0:
+            raise ValueError(f"{name} is empty: a log-prob needs a token and at least one before it")
+        check_ids(ids, policy.family.vocabulary, name)
+    return _score(policy, tensors, [1] * len(tensors), temperature, token_budget, impl)
 
 
 def context_logprobs(
-    model: Policy | PreTrainedModel,
+    model: Policy | nn.Module,
     prompt: Tokens,
     privileged_prompt: Tokens,
     rollouts: Sequence[Tokens],
@@ -67,29 +72,56 @@ def context_logprobs(
         (prompt_only, trace_conditioned): two lists of fp32 [len of the rollout]. Their difference is what
         `pact/trace_gain` averages (docs/method.md, "What is measured").
     """
-    contexts = (_tensor(prompt), _tensor(privileged_prompt))
+    contexts = (_tensor(prompt, "prompt"), _tensor(privileged_prompt, "privileged_prompt"))
     for name, context in zip(("prompt", "privileged_prompt"), contexts, strict=True):
         if context.numel() == 0:
             raise ValueError(f"{name} is empty: the first token of a rollout needs a token before it")
-    bodies = [_tensor(rollout) for rollout in rollouts]
+    bodies = [_tensor(rollout, f"rollouts[{g}]") for g, rollout in enumerate(rollouts)]
+    policy = _policy(model, impl)
+    both = list(zip(("prompt", "privileged_prompt"), contexts, strict=True))
+    for name, ids in both + _named("rollouts", bodies):
+        check_ids(ids, policy.family.vocabulary, name)
     sequences = [torch.cat((context, body)) for context in contexts for body in bodies]
     starts = [context.numel() for context in contexts for _ in bodies]
-    scores = _score(model, sequences, starts, temperature, token_budget, impl)
+    scores = _score(policy, sequences, starts, temperature, token_budget, impl)
     return scores[: len(bodies)], scores[len(bodies) :]
 
 
-def _tensor(tokens: Tokens) -> Tensor:
-    return torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
+def _policy(model: Policy | nn.Module, impl: str) -> Policy:
+    return model if isinstance(model, Policy) else Policy(model, attention=impl)
+
+
+def _named(name: str, sequences: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"{name}[{s}]", sequence) for s, sequence in enumerate(sequences)]
+
+
+def _tensor(tokens: Tokens, name: str) -> Tensor:
+    """Token ids as int64 [len] on the CPU; ValueError names what is something else."""
+    if isinstance(tokens, int) or (isinstance(tokens, Tensor) and tokens.ndim == 0):
+        raise ValueError(
+            f"{name} is {tokens!r:.40}, not a list or tensor of token ids: a single sequence is given as "
+            "[ids], a batch as a list of them"
+        )
+    try:
+        ids = torch.as_tensor(tokens, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a flat list or tensor of token ids: {error}") from None
+    if ids.ndim != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise ValueError(
+            f"{name} must be a flat list or tensor of token ids, got {ids.dtype} {list(ids.shape)}"
+        )
+    return ids.long()
 
 
 def _score(
-    model, sequences, starts: list[int], temperature: float, token_budget: int, impl: str
+    policy: Policy,
+    sequences: Sequence[Tensor],
+    starts: list[int],
+    temperature: float,
+    token_budget: int,
+    impl: str,
 ) -> list[Tensor]:
     """Log-probs of tokens starts[s]: of every sequence, pack by pack."""
-    policy = model if isinstance(model, Policy) else Policy(model, attention=impl)
-    for s, sequence in enumerate(sequences):
-        if len(sequence) == 0:
-            raise ValueError(f"sequences[{s}] is empty: a log-prob needs a token and at least one before it")
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     out: list[Tensor] = [torch.empty(0)] * len(sequences)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import main, ops, rows
+from bench import main, ops, rows, targets
+from bench import tiles as bench_tiles
 from bench.registry import OPS, provider
 from pact_fast.commands import bench as bench_cli
+from pact_fast.kernels.tree_attention import tiles
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ("--shapes", "main", "--seconds", "0.01", "--rounds", "2")
@@ -48,7 +50,7 @@ def test_the_cpu_subset_writes_rows_a_plot_and_targets(tmp_path, capsys):
         assert row["torch"]
     assert (tmp_path / "cpu.png").stat().st_size > 1000
     assert main.main(["ops", "--targets", "--out", str(tmp_path)]) == 0
-    assert "not measured" in capsys.readouterr().out  # nothing is claimed for what was not run
+    assert "the targets are a GPU's" in capsys.readouterr().out  # nothing is claimed of a CPU
 
 
 def test_a_provider_that_fails_the_gate_is_named_and_not_timed(add, tmp_path, capsys):
@@ -173,7 +175,8 @@ def find_spec(cls, name, path=None, target=None):
     return None if name.split(".")[0] in hidden else find(name, path, target)
 importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
 sys.path[:0] = [".", "tests/ops"]
-for module in "bench.ops bench.tree test_head_gpu test_head_kernels tests.tree.test_tree_kernels".split():
+modules = "bench.ops bench.tree test_head_gpu test_head_kernels test_decode_kernels"
+for module in [*modules.split(), "tests.tree.test_tree_kernels"]:
     importlib.import_module(module)
 assert not hidden & set(sys.modules)
 """
@@ -199,3 +202,151 @@ def test_no_kernel_spills_registers():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 problems" in done.stdout
+
+
+def test_the_default_tiles_are_the_first_candidates():
+    """What `bench tiles` prints beside the default is compared with what is really run."""
+    for head_dim, candidates in tiles.CANDIDATES.items():
+        chosen = tiles.choose_tiles(head_dim, torch.bfloat16, (9, 0))
+        for name, default in chosen._asdict().items():
+            if head_dim == 96:  # runs with the tiles of 128 until its own are measured
+                continue
+            assert getattr(candidates, name)[0] == default, (head_dim, name)
+            assert len(set(getattr(candidates, name))) == len(getattr(candidates, name)) >= 4
+
+
+def test_tiles_are_timed_after_they_gave_the_defaults_result(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    few = tiles._tiles("16x16 w1 s1", "16x32 w1 s1", "32x16 w1 s1")
+    monkeypatch.setattr(bench_tiles, "CANDIDATES", {16: tiles.Candidates(few, few, few)})
+    out = rows.Rows(tmp_path / "tiles.csv", "cpu", echo=False)
+    good = bench_tiles.Work.run
+
+    def wrong(self, what, chosen):
+        return [x * (1.1 if chosen.fwd == few[1] else 1) for x in good(self, what, chosen)]
+
+    monkeypatch.setattr(bench_tiles.Work, "run", wrong)
+    bench_tiles.time_kernel(out, 16, "fwd", 0.0, 1, None)
+    assert [row["impl"] for row in out.rows] != []
+    assert {row["impl"] for row in out.rows} == {"16x16 w1 s1", "32x16 w1 s1"}
+    assert "16x32 w1 s1: not here: RuntimeError: gate" in capsys.readouterr().out
+
+
+def test_a_second_call_goes_on_where_the_first_ended(tmp_path, monkeypatch, capsys):
+    """Rows of this commit are not measured again; those of another commit count for nothing."""
+    path, measured = tmp_path / "some.csv", []
+
+    def measure(out, op, shape, mode, *_, **__):
+        measured.append(mode)
+        out.add(op.name, "pact_fast/any", mode, shape, torch.float32, "time", "ms", [1.0])
+
+    monkeypatch.setattr(ops, "measure", measure)
+    monkeypatch.setattr(ops, "print_table", lambda rows: None)
+    words = ["ops", "--op", "linear_logprob", "--shapes", "main", "--out", str(path), "--resume"]
+    both = ["forward", "forward+backward"]
+    for expected in (both, []):
+        measured.clear()
+        assert main.main(words) == 0
+        assert measured == expected
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if ",forward," not in line) + "\n")  # cut in the first
+    assert main.main(words) == 0
+    assert measured == ["forward"]
+    commit = rows_of(path)[0]["commit"]
+    path.write_text(path.read_text().replace(f",{commit}\n", ",0000000\n"))
+    measured.clear()
+    assert main.main(words) == 0
+    assert measured == both
+    capsys.readouterr()
+
+
+def h100(**changes):
+    """The rows of the first run, with the medians of some (op, mode, provider, metric) changed."""
+    found = rows_of(ROOT / "bench" / "results" / "h100-2026-11-26.csv")
+    for row in found:
+        row["p50"] = changes.get(f"{row['op']} {row['mode']} {row['provider']} {row['metric']}", row["p50"])
+    return found
+
+
+def line(found, what):
+    (target,) = (t for t in targets.TARGETS if t.what == what)
+    return targets.line_of(found, target)
+
+
+def test_targets_state_value_verdict_and_the_best_peer():
+    assert "6.017    MISSED" in line(h100(), "cross-entropy, peak GiB")
+    assert "2.509 GiB, cut-cross-entropy/cce" in line(h100(), "cross-entropy, peak GiB")
+    assert "1.059    met" in line(h100(), "PACT loss / 3 GEMMs, H=4096")
+    assert "2.1      MISSED" in line(h100(), "one by one / tree, same layers")
+    faster = {"train_step whole pact_fast time": "900"}
+    assert "900      met" in line(h100(**faster), "training step, tree, ms")
+    assert line(h100(), "attention fa4, forward, TFLOP/s").endswith("not measured")
+
+
+def test_red_tests_leave_no_claim(capsys):
+    targets.print_targets(h100(), "red")
+    assert "nothing below is a claim" in capsys.readouterr().out
+    targets.print_targets(h100(), "green")
+    assert "nothing below" not in capsys.readouterr().out
+
+
+def test_the_script_of_the_gpu_goes_on_after_a_part_that_fails_and_a_second_call_with_what_is_left(tmp_path):
+    """bench/gpu.sh with a Python that fails in one bench and is cut in another."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"""#!/bin/bash
+echo "$*" >> {tmp_path}/calls
+case "$*" in
+*"ops --op tree_attention"*) exit 7 ;;
+*"tree streaming"*) [ -e {tmp_path}/fast ] || sleep 30 ;;
+esac
+exit 0
+""")
+    python.chmod(0o755)
+    where = {"DRY_RUN": "1", "VENV_GPU": str(tmp_path / "venv"), "OUT": str(tmp_path / "out")}
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    script = script.replace("SCALE=10", "SCALE=1").replace("bench 60 tree", "bench 2 tree")
+    copy = tmp_path / "repo" / "bench" / "gpu.sh"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(script)
+
+    def call():
+        done = subprocess.run(
+            ["bash", str(copy)], env=os.environ | where, capture_output=True, text=True, timeout=60
+        )
+        text = (tmp_path / "calls").read_text()
+        (tmp_path / "calls").write_text("")
+        return done.returncode, done.stderr, text
+
+    code, said, calls = call()
+    assert code == 1
+    assert "attention failed (status 7); the rest goes on" in said
+    assert "streaming was cut short" in said
+    for bench in (
+        "tree_attention",
+        "linear_pact_loss",
+        "tree model",
+        "tree streaming",
+        "others",
+        "--targets",
+    ):
+        assert bench in calls, bench
+    (tmp_path / "fast").touch()
+    code, said, calls = call()
+    assert code == 1
+    assert "tree_attention" in calls
+    assert "tree streaming" in calls
+    assert "tree model" not in calls
+    assert "--targets" in calls
+    code, said, calls = call()
+    assert "tree streaming" not in calls
+
+
+def test_a_tree_over_the_budget_is_timed_both_ways_after_their_gradients_agreed(tmp_path):
+    from bench.tree_streaming import Over, bench_streaming
+
+    out = rows.Rows(tmp_path / "some.csv", "cpu", echo=False)
+    bench_streaming(out, 0.0, 1, [Over(prefix=40, y=20, group=3, budget=65)])
+    assert not out.failed
+    assert {row["impl"] for row in out.rows if row["metric"] == "time"} == {"stream", "recompute"}
+    assert "time over the streamed" in {row["metric"] for row in out.rows}

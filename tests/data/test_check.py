@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pact_fast.commands.data import coloured, encode, main
-from pact_fast.data.chat import ChatFormat, Component
+from pact_fast.data.chat import ChatFormat
 from pact_fast.data.records import load_records
 from tests.helpers.conversations import SAMPLE_PROMPT, SAMPLE_TOOLS, SAMPLE_TRACE
 
@@ -35,7 +35,7 @@ def test_good_file_prints_counts_shares_and_one_record(file, capsys, tmp_path):
     assert 'How old is the friend of "Mora Keld"?' in out
     text = page.read_text()
     assert "b &lt;b&gt;" in text
-    assert f'<span class="c{int(Component.TOOL_RESPONSE)}"' in text
+    assert '<span class="tool_response"' in text
     assert "Tila Vosk&quot;}" in text
 
 

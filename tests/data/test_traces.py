@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pact_fast.data.segments import PREVIEW
 from pact_fast.data.traces import read_annotation, trace_problem
 from pact_fast.envs.base import make_env
 from pact_fast.envs.toolbox.base_model import base_model_path
-from tests.data.chat_server import ChatServer, expert, in_text
+from tests.helpers.chat_server import ChatServer, expert, in_text
 
 PERFECT = {"train_tasks": 6, "success_rate": 1.0, "detour_rate": 0.0}
 FAST = ["--backoff", "0.01", "--timeout", "1", "--retry-timeout", "60", "--concurrency", "3"]
@@ -90,9 +91,12 @@ def test_every_fault_of_a_server_is_retried_and_counted(toolbox, serve, tmp_path
     assert made(path, server, tmp_path / "traces.jsonl") == 0
     assert server.made == Counter(faults.values())
     told = capsys.readouterr().out
-    for cause, count in (("status 429", 1), ("status 500", 1), ("malformed answer", 3), ("no answer", 1)):
-        line = next(line for line in told.splitlines() if f"retried: {cause}" in line)
-        assert f" {count} " in line
+    found = dict(re.findall(r"retried: ([\w ]+?) +│ (\d+)", told))
+    assert found["status 429"] == found["status 500"] == "1"
+    # Half an answer is either of the two, and the connection it broke may fail the next request as well.
+    assert int(found["malformed answer"]) >= 2
+    assert int(found["no answer"]) >= 1
+    assert int(found["malformed answer"]) + int(found["no answer"]) >= 4
     assert len(load_records(tmp_path / "traces.jsonl")) == len(records)
 
 

@@ -182,7 +182,71 @@ def test_rollouts_of_one_task_share_no_state(env, records):
     assert "final_report.pdf" in again[0].tool_responses[1]
 
 
-def test_bad_calls_get_messages_and_hanging_ones_an_error(env, records):
+@pytest.fixture(scope="module")
+def in_house():
+    env = make_env("bfcl", {"categories": ["base"], "workers": 1})
+    yield env
+    env.close()
+
+
+def test_the_benchmark_protocol_ends_a_task_as_the_official_run_does(env, records):
+    """The rules of bfcl_eval.model_handler.base_handler.inference_multi_turn_FC, one by one."""
+    from bfcl_eval.constants.default_prompts import (
+        DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC,
+        MAXIMUM_STEP_LIMIT,
+    )
+
+    record = next(r for r in records if len(r.env["requests"]) > 2 and "base" in r.id)
+    # No number of bad calls ends a task; the limit is on messages with calls in one user turn, and one more
+    # ends it.
+    (episode,) = env.start([record])
+    done = [env.step([episode], [calls(("nope", {}))])[0].done for _ in range(MAXIMUM_STEP_LIMIT + 1)]
+    assert done == [False] * MAXIMUM_STEP_LIMIT + [True]
+    outcome = env.finish([episode], [None])[0]
+    assert (outcome.solved, episode.verdict["error"]) == (False, "multi_turn:empty_turn_model_response") or (
+        not outcome.solved
+    )
+    # The count begins anew with every user turn.
+    (episode,) = env.start([record])
+    for _ in range(2):
+        for _ in range(MAXIMUM_STEP_LIMIT):
+            assert not env.step([episode], [calls(("nope", {}))])[0].done
+        assert env.step([episode], [says("done")])[0].user_message is not None
+    # Nothing readable ends the user turn; what is readable beside it is run, and it alone is answered.
+    (episode,) = env.start([record])
+    reply = env.step([episode], [calls("{", "[")])[0]
+    assert (reply.tool_responses, reply.user_message) == ((), record.env["requests"][1])
+    mixed = env.step([episode], [calls("{", ("nope", {}))])[0]
+    assert mixed.tool_responses == ("Error during execution: name 'nope' is not defined",)
+    assert env.max_turns >= (MAXIMUM_STEP_LIMIT + 1) * len(record.env["requests"])
+    # Functions come in its words.
+    handed = [r for r in records if r.env["more_tools"]]
+    assert handed
+    for r in handed:
+        for turn, tools in r.env["more_tools"].items():
+            text = r.env["requests"][int(turn)]
+            assert text.endswith(f"\n{DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC}")
+            assert all(tool["function"]["name"] in text for tool in tools)
+
+
+def test_a_task_cut_in_its_last_turn_is_scored_as_the_official_run_scores_it(env, records):
+    """Forced to quit in the last user turn, a task has as many turns as the truth and is checked like any
+    other."""
+    record = next(r for r in records if r.id.startswith("multi_turn_base"))
+    (episode,) = env.start([record])
+    truth = record.env["ground_truth"]
+    for number, turn in enumerate(truth):
+        if turn:
+            env.step([episode], [calls(*[(name, arguments) for name, _, arguments in turn])])
+        if number < len(truth) - 1:
+            env.step([episode], [says("done")])
+    while not env.step([episode], [calls(("nope", {}))])[0].done:
+        pass
+    assert env.finish([episode], [None])[0].solved
+
+
+def test_bad_calls_get_messages_and_hanging_ones_an_error(in_house, records):
+    env = in_house
     record = next(r for r in records if "MathAPI" in r.env["task"]["involved_classes"])
     episodes = env.start([record])
     bad = env.step(episodes, [calls("{", ("nope", {}), ("add", {"a": 1}), ("add", {"a": 1, "b": 2}))])[0]
@@ -206,7 +270,8 @@ def test_bad_calls_get_messages_and_hanging_ones_an_error(env, records):
     quick.close()
 
 
-def test_unknown_tools_in_a_row_end_the_episode(env, records):
+def test_unknown_tools_in_a_row_end_the_episode(in_house, records):
+    env = in_house
     episodes = env.start(records[:1])
     results = [env.step(episodes, [calls(("nope", {}))])[0].done for _ in range(3)]
     assert results == [False, False, True]

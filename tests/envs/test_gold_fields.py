@@ -48,6 +48,32 @@ def test_gold_answers_may_be_numbers_lists_and_single_values(tmp_path, fields):
     assert play(write(tmp_path / "t.jsonl", **fields), "It is 250.").reward == 1.0
 
 
+RESULTS = [  # source of a result, what the model is shown, gold that stands in it
+    ("{'item': 'tea', 'cents': 250}", '{"item": "tea", "cents": 250}', 250),
+    ("[250, 'é', None, True]", '[250, "é", null, true]', "250"),
+    ("250", "250", 250),
+    ("2.5", "2.5", 2.5),
+    ("__import__('collections').OrderedDict(cents=250)", '{"cents": 250}', "250"),
+    ("{'day': __import__('datetime').date(2024, 5, 6)}", '{"day": "2024-05-06"}', "2024-05-06"),
+    ("{'item': {'cents': [250]}}", '{"item": {"cents": [250]}}', '{"cents": [250]}'),
+    ("'as it is'", "as it is", "as it is"),
+]
+
+
+@pytest.mark.parametrize(("result", "text", "gold"), RESULTS)
+def test_results_of_tools_are_json_for_the_model_and_hold_the_gold(tmp_path, result, text, gold):
+    fields = {"codes": {"price": f"def price(x):\n    return {result}\n"}, "answer": gold}
+    path = write(tmp_path / "t.jsonl", **fields, unsolved_set={"price": [gold]})
+    with closing(make_env("python", {"test_path": path, "workers": 1})) as env:
+        episodes = env.start(env.records("test"))
+        call = ToolCall("price", {"x": "tea"}, None, "")
+        (step,) = env.step(episodes, [AssistantTurn("", "", (call,), "", True)])
+        assert step.tool_responses == (text,)
+        env.step(episodes, [AssistantTurn("", f"It is {gold}.", (), "", True)])
+        (outcome,) = env.finish(episodes, [None])
+    assert (outcome.reward, outcome.scores["solve_f1"]) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [

@@ -6,6 +6,8 @@ Runs are forked from this interpreter: starting one anew takes longer than such 
 per scenario the number of repetitions survived, what was seen on the way, and the traceback of a failure.
 """
 
+import contextlib
+import functools
 import inspect
 import json
 import mmap
@@ -24,7 +26,9 @@ from pathlib import Path
 import torch
 
 from pact_fast import cli
-from pact_fast.metrics import read_metrics
+from pact_fast.envs.sandbox import protect
+from pact_fast.evaluation import report
+from pact_fast.metrics import MetricsLogger, read_metrics
 from pact_fast.train.checkpoint import Checkpointer
 from pact_fast.train.trainer import Trainer
 from tests.helpers.ranks import start_ranks, wait_for
@@ -78,8 +82,9 @@ class Marks:
         return True
 
 
-def fork(run_dir, before=lambda: None, by_command=False, **changes):
-    """Starts a run that resumes what is in its folder; `before` is called in its process. -> pid"""
+def fork(run_dir, before=lambda: None, by_command=False, after=lambda run_dir: None, **changes):
+    """Starts a run that resumes what is in its folder; `before` is called in its process, and `after` at the
+    end. -> pid"""
     pid = os.fork()
     if pid:
         return pid
@@ -89,7 +94,7 @@ def fork(run_dir, before=lambda: None, by_command=False, **changes):
         os.dup2(log, 1)
         os.dup2(log, 2)
         before()
-        options = SHORT | {"checkpoint__resume": True} | changes
+        options = SHORT | {"checkpoint__resume": (run_dir / "run.json").exists()} | changes
         if by_command:
             code = cli.main(["train", *words(run_dir, **options)])
         else:
@@ -98,6 +103,7 @@ def fork(run_dir, before=lambda: None, by_command=False, **changes):
     except BaseException:
         traceback.print_exc()
     finally:
+        after(run_dir)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -330,6 +336,143 @@ class Scenarios:
             check_same(run_dir, reference)
             yield
         return f"{int(kills.values[0])} workers killed"
+
+    def last_save(self):
+        """A disk, a real one, that fills up while the last checkpoint is written beside training."""
+        bare = self.undisturbed / "checkpoints" / "step-000002"
+        size, failed = sum(file.stat().st_size for file in bare.iterdir()), 0
+        for attempt in range(self.repeats):
+            run_dir = self.root / f"last-{attempt}"
+            before = functools.partial(full_at_the_end, run_dir, int(size * RNG.uniform(0.0, 0.9)))
+            pid = fork(run_dir, before, by_command=True, after=keep)
+            code, log = ended(pid), Path(f"{run_dir}.log").read_text()
+            assert code == 1, (code, log[-2000:])
+            assert "No space left on device" in log.splitlines()[-1], log[-2000:]
+            assert str(run_dir) in log.splitlines()[-1]
+            assert log.count("Traceback") == 0, log[-3000:]
+            failed += 1
+            run_dir.rmdir()
+            Path(f"{run_dir}-kept").rename(run_dir)
+            assert "step-000004" not in os.listdir(run_dir / "checkpoints")
+            resume_and_check(run_dir, self.undisturbed)
+            yield
+        return f"{failed} runs ended with an error that names the disk"
+
+    def folders(self):
+        """Folders and files that cannot be written or read: one line, which names the file, and no
+        traceback."""
+
+        def read_only(run_dir):
+            small_disk(run_dir.parent, 1 << 20)
+            flags = protect.MS_REMOUNT | protect.MS_RDONLY
+            protect.mount(None, str(run_dir.parent), "tmpfs", flags)
+
+        def full(run_dir, owner, name):
+            """All space is taken while `owner.name` runs."""
+            small_disk(run_dir, 64 << 20)
+            real = getattr(owner, name)
+
+            def late(*arguments, **options):
+                free = os.statvfs(run_dir)
+                with contextlib.suppress(OSError):
+                    (run_dir / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize))
+                return real(*arguments, **options)
+
+            setattr(owner, name, late)
+
+        def spoiled(run_dir, content):
+            shutil.copytree(self.undisturbed, run_dir)
+            with open(run_dir / "metrics.jsonl", "r+b") as file:
+                file.write(content)
+
+        cases = {
+            "read-only": (read_only, "Read-only file system", ""),
+            "model": (lambda d: full(d, Trainer, "save"), "No space left on device", "model"),
+            "report": (lambda d: full(d, report, "write_report"), "No space left on device", "report.html"),
+            "row": (lambda d: full(d, MetricsLogger, "log"), "No space left on device", "metrics.jsonl"),
+            "no UTF-8": (lambda d: spoiled(d, b"\xff\xfe"), "metrics.jsonl:1: not UTF-8", "metrics.jsonl"),
+            "deep": (lambda d: spoiled(d, b"[" * 90), "metrics.jsonl:1: ", "metrics.jsonl"),
+        }
+        for attempt in range(self.repeats):
+            for name, (before, told, file) in cases.items():
+                run_dir = self.root / f"folder-{attempt}-{name}" / "run"
+                run_dir.parent.mkdir()
+                code = ended(fork(run_dir, functools.partial(before, run_dir), by_command=True))
+                log = Path(f"{run_dir}.log").read_text()
+                last = log.splitlines()[-1]
+                assert code in (1, 2), (name, code, log[-2000:])
+                assert told in last, (name, log[-3000:])
+                assert str(run_dir / file).rstrip("/") in last.replace("/.report", "/report"), (name, last)
+                assert "Traceback" not in log, (name, log[-3000:])
+            yield
+        return f"{len(cases)} kinds"
+
+    def two_processes(self):
+        """A second process on a run folder: refused, whenever it comes; the first loses nothing, also when it
+        is killed and its lock is left behind."""
+        refused, stale = 0, 0
+        for attempt in range(self.repeats):
+            run_dir, marks, phase = self.root / f"twice-{attempt}", Marks(), attempt % 3
+            pid = fork(run_dir, marks)
+            assert marks.await_entry(phase, RNG.randint(1, int(self.usual.values[phase])), pid)
+            os.kill(pid, signal.SIGSTOP)  # it is alive, and still there when the second one looks
+            log = Path(f"{run_dir}.log")
+            before = len(log.read_text())
+            assert ended(fork(run_dir, by_command=True)) == 2
+            told = log.read_text()[before:]
+            assert f"is in use by process {pid} on" in told, told[-2000:]
+            assert "Traceback" not in told
+            refused += 1
+            if attempt % 2:
+                os.kill(pid, signal.SIGKILL)
+                assert ended(pid) == -9
+                assert (run_dir / ".lock").exists()
+                stale += 1
+                resume_and_check(run_dir, self.undisturbed)
+            else:
+                os.kill(pid, signal.SIGCONT)
+                assert ended(pid) == 0, log.read_text()[-2000:]
+                check_same(run_dir, self.undisturbed)
+            assert not (run_dir / ".lock").exists()
+            yield
+        return f"{refused} refused, {stale} stale locks taken over"
+
+
+def small_disk(folder, room):
+    """Mounts a file system of `room` bytes at `folder`, in this process alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() != 0 or protect.libc.unshare(protect.CLONE_NEWNS) != 0:
+        uid, gid = os.geteuid(), os.getegid()
+        protect.check(protect.libc.unshare(protect.CLONE_NEWUSER | protect.CLONE_NEWNS), "unshare")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+            Path(f"/proc/self/{name}").write_text(text)
+    protect.mount("none", "/", None, protect.MS_REC | protect.MS_PRIVATE)
+    protect.mount("tmpfs", str(folder), "tmpfs", 0, f"size={room}")
+
+
+def full_at_the_end(run_dir, room):
+    """A disk of its own for a run, of which others take all but `room` bytes while the last checkpoint is
+    written."""
+    small_disk(run_dir, 64 << 20)
+    real = Checkpointer._write
+
+    def write(saver, step, *arguments):
+        if step < SHORT["train__max_steps"]:
+            return real(saver, step, *arguments)
+        free = os.statvfs(run_dir)
+        filler = run_dir / "filler"
+        filler.write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - room)))
+        try:
+            return real(saver, step, *arguments)
+        finally:
+            filler.unlink()
+
+    Checkpointer._write = write
+
+
+def keep(run_dir):
+    """Copies what the small disk holds to where others see it."""
+    shutil.copytree(run_dir, f"{run_dir}-kept")
 
 
 def main(root, repeats, *names):

@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from pact_fast import linear_logprob, linear_pact_loss
 from pact_fast.kernels.lm_head.logprob import linear_logprob_op
-from pact_fast.kernels.lm_head.pact_loss import linear_pact_loss_op
+from pact_fast.ops.pact_loss import linear_pact_loss_op
 from tests.helpers.head_oracle import problem
 
 
@@ -20,8 +20,9 @@ def single_precision(setting):
 def test_opcheck_of_the_loss():
     (x, w, b), args = single_precision("all")
     values = [args[k] for k in ("policy_weight", "advantages", "old_logprobs", "ref_logprobs", "sft_weight")]
-    scalars = (0.2, 0.2, 2.0, 0.1, 0.05, b, 1.2, 4.0)
-    inputs = (x, w, args["target"], args["row_index"], *values, *scalars, True, True, True, "torch")
+    scalars = (0.2, 0.2, 2.0, 0.1, 0.05, b, 1.2, torch.full_like(values[0], 0.9), 4.0)
+    needs = (True, True, True)
+    inputs = (x, w, args["target"], args["row_index"], *values, *scalars, "", 0, 1, *needs, "torch")
     opcheck(linear_pact_loss_op, inputs)
 
 
@@ -29,7 +30,8 @@ def test_opcheck_of_the_loss():
 def test_opcheck_of_the_logprobs(bias):
     (x, w, b), args = single_precision("sft")
     target = args["target"].clamp(min=0)[:40]
-    opcheck(linear_logprob_op, (x, w, target, b if bias else None, 1.2, None, "torch"))
+    each = torch.full((40,), 0.9) if bias else None
+    opcheck(linear_logprob_op, (x, w, target, b if bias else None, 1.2, each, None, "", 0, 1, "torch"))
 
 
 def compiled(function):

@@ -24,7 +24,7 @@ from pact_fast.kernels.decode.tasks import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOATS = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+FLOATS = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
 STEP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 

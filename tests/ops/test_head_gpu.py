@@ -4,18 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
+from pact_fast import linear_cross_entropy, linear_divergence, linear_logprob, linear_pact_loss
+from pact_fast.kernels.lm_head import gemm
 from pact_fast.kernels.lm_head import logprob as logprob_driver
-from pact_fast.kernels.lm_head import pact_loss as loss_driver
-from pact_fast.kernels.lm_head import rows_cuda
 
 pytestmark = pytest.mark.gpu
 V = 151_936
-CUDA_BUILT = rows_cuda.library_path() is not None
-IMPLS = [
-    "triton",
-    pytest.param("cuda", marks=pytest.mark.skipif(not CUDA_BUILT, reason="liblogits_rows.so was not built")),
-]
 
 
 def inputs(n, h, dtype=torch.bfloat16, vocab=V):
@@ -39,9 +33,8 @@ def plain_loss(x, w, target, advantages, weight):
     return (weight * policy).sum()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("vocab", [V, 50_257])
-def test_the_loss_in_bf16(impl, vocab):
+def test_the_loss_in_bf16(vocab):
     x, w, target, advantages, weight = inputs(1500, 512, vocab=vocab)
 
     def plain(x, w):
@@ -57,7 +50,6 @@ def test_the_loss_in_bf16(impl, vocab):
         policy_weight=weight,
         advantages=advantages,
         old_logprobs=lp - 0.1 * advantages,
-        impl=impl,
     )
     assert_within([out.loss, *torch.autograd.grad(out.loss, (x, w))], plain(x, w), exact)
 
@@ -77,17 +69,17 @@ def test_the_logprobs_and_their_gradients(dtype):
     assert_within([t.detach() for t in got], [t.detach() for t in plain(x, w)], [t.detach() for t in exact])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_offsets_past_two_to_the_31(impl, monkeypatch):
+def test_offsets_past_two_to_the_31(monkeypatch):
     """One chunk of 16,384 rows holds 2.5e9 logits; the same rows in small chunks must agree."""
     x, w, target, advantages, weight = inputs(16_384, 256)
 
     def run():
-        out = linear_pact_loss(x, w, target, policy_weight=weight, advantages=advantages, impl=impl)
+        out = linear_pact_loss(x, w, target, policy_weight=weight, advantages=advantages)
         return [out.logprobs, *torch.autograd.grad(out.loss, (x, w))]
 
+    monkeypatch.setattr(gemm, "logits_budget", lambda like: 1 << 30)
     small = run()
-    monkeypatch.setattr(loss_driver, "CHUNK_BYTES", 8 << 30)
+    monkeypatch.setattr(gemm, "logits_budget", lambda like: 8 << 30)
     for got, want in zip(run(), small, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-5)
 
@@ -101,11 +93,10 @@ def test_scoring_past_two_to_the_31(monkeypatch):
     torch.testing.assert_close(linear_logprob(x, w, target), small, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_named_rows_need_no_synchronisation(impl):
+def test_named_rows_need_no_synchronisation():
     x, w, target, advantages, weight = inputs(512, 128)
     rows = torch.arange(0, 512, 2, device="cuda")
-    terms = {"policy_weight": weight[rows], "advantages": advantages[rows], "row_index": rows, "impl": impl}
+    terms = {"policy_weight": weight[rows], "advantages": advantages[rows], "row_index": rows}
     linear_pact_loss(x, w, target[rows], **terms).loss.backward()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -144,16 +135,73 @@ def test_the_loss_can_be_captured_in_a_cuda_graph():
         torch.testing.assert_close(got, exact, rtol=1e-2, atol=1e-6)
 
 
-def test_logprob_memory_stays_within_its_bound():
-    """At most 0.6 GiB beyond inputs and outputs at N=8192, H=4096."""
-    x, w, target, grad, _ = inputs(8192, 4096)
-    torch.autograd.grad(linear_logprob(x, w, target), (x, w), grad)
+def extra_memory(run):
+    """GiB at the peak of a call, beyond its inputs and the gradients that it returns."""
+    run()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    gradients = torch.autograd.grad(linear_logprob(x, w, target), (x, w), grad)
-    outputs = sum(g.numel() * g.element_size() for g in gradients)
-    assert (torch.cuda.max_memory_allocated() - before - outputs) / 2**30 <= 0.6
+    outputs = sum(g.numel() * g.element_size() for g in run())
+    return (torch.cuda.max_memory_allocated() - before - outputs) / 2**30
+
+
+def test_logprob_memory_stays_within_its_bound():
+    """At most 0.5 GiB beyond inputs and outputs at N=8192, H=4096."""
+    x, w, target, grad, _ = inputs(8192, 4096)
+    assert extra_memory(lambda: torch.autograd.grad(linear_logprob(x, w, target), (x, w), grad)) <= 0.5
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_memory_of_the_low_form_and_of_one_chunk(named):
+    """memory="low": 0.5 GiB; "fast": one chunk of all rows, whose logits take 2.3 GiB and dW no fp32 sum."""
+    x, w, target, advantages, weight = inputs(8192, 4096)
+    rows = torch.arange(8192, device="cuda") if named else None
+    terms = {"policy_weight": weight, "advantages": advantages, "row_index": rows}
+    for memory, bound in (("low", 0.5), ("fast", 2.6)):
+
+        def run(memory=memory):
+            return torch.autograd.grad(linear_pact_loss(x, w, target, **terms, memory=memory).loss, (x, w))
+
+        assert extra_memory(run) <= bound, memory
+
+
+def test_both_forms_of_the_loss_agree():
+    x, w, target, advantages, weight = inputs(1500, 512)
+    pair = []
+    for memory in ("fast", "low"):
+        terms = {"policy_weight": weight, "advantages": advantages, "memory": memory}
+        out = linear_pact_loss(x, w, target, **terms)
+        pair.append([out.loss, out.logprobs, *torch.autograd.grad(out.loss, (x, w))])
+    for fast, low in zip(*pair, strict=True):
+        torch.testing.assert_close(fast, low, rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("top_k", [None, 20])
+def test_divergences_in_bf16(kind, top_k):
+    x, w, _, _, weight = inputs(700, 512)
+    rows = torch.arange(700, device="cuda")
+
+    def run(x, w, impl):
+        options = {"kind": kind, "top_k": top_k, "row_weight": weight, "impl": impl}
+        loss = linear_divergence(x, w, rows, rows.roll(1), **options)
+        return [loss.detach(), *torch.autograd.grad(loss, (x, w))]
+
+    exact = run(x.detach().float().requires_grad_(), w.detach().float().requires_grad_(), "torch")
+    assert_within(run(x, w, "triton"), run(x, w, "torch"), exact)
+    loss = linear_divergence(x, w, rows, rows, kind=kind, top_k=top_k)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_divergence_memory_stays_within_its_bound():
+    """Peak under 6 GiB at N=8192, H=4096: 1.2 GiB of inputs, 1.2 of gradients, logits of one side."""
+    x, w, _, _, weight = inputs(8192, 4096)
+    rows = torch.arange(8192, device="cuda")
+    run = lambda: torch.autograd.grad(  # noqa: E731
+        linear_divergence(x, w, rows, rows.roll(1), row_weight=weight), (x, w)
+    )
+    assert extra_memory(run) <= 3.0
 
 
 def test_a_target_out_of_range_is_nan_and_never_read():

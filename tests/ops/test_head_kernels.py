@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pact_fast import linear_cross_entropy, linear_logprob, linear_pact_loss
+from pact_fast.kernels.lm_head import gemm
 from pact_fast.kernels.lm_head import logprob as logprob_driver
-from pact_fast.kernels.lm_head import pact_loss as loss_driver
 from tests.helpers import head_oracle
 from tests.helpers.head_oracle import SETTINGS, H, problem, run
 
@@ -68,9 +68,10 @@ def test_loss_and_gradients_in_half_precision(setting):
     check_loss(leaves, args)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 300])
+@pytest.mark.parametrize("rows", [0, 1, 30])
 def test_any_number_of_rows_in_several_chunks(rows, monkeypatch):
-    monkeypatch.setattr(loss_driver, "CHUNK_BYTES", 1)  # chunks of 128 rows, the smallest there are
+    monkeypatch.setattr(gemm, "CPU_BYTES", 1)  # chunks of 8 rows
+    monkeypatch.setattr(gemm, "ALIGN_ROWS", 8)
     check_loss(*problem("sft", rows=rows, hidden_rows=max(rows, 1), vocab=37, dtype=torch.float32, dead=0.5))
 
 
@@ -196,8 +197,9 @@ def test_logprob_of_any_vocabulary(vocab, rows):
     check_logprob(leaves, args["target"], {})
 
 
-@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("rows", [1, 30])
 def test_logprob_in_several_chunks_and_vocabulary_blocks(rows, monkeypatch):
+    monkeypatch.setattr(gemm, "ALIGN_ROWS", 8)
     monkeypatch.setattr(logprob_driver, "FORWARD_BYTES", 1)
     monkeypatch.setattr(logprob_driver, "BACKWARD_BYTES", 1)
     monkeypatch.setattr(logprob_driver, "MIN_BLOCK", 128)
@@ -230,21 +232,21 @@ def test_strided_inputs():
 
 def test_head_dim_beyond_one_tile_of_the_row_sum():
     """Rows that share a hidden row are summed over every column tile, and unused hidden rows get 0."""
-    from pact_fast.kernels.lm_head import gradient_rows
+    from pact_fast.kernels.lm_head import rows as row_kernels
 
     index = torch.tensor([5, 0, 5, 5, 2], device=DEVICE)
-    rows = torch.randn(5, gradient_rows.BLOCK_H + 7, device=DEVICE)
+    rows = torch.randn(5, row_kernels.BLOCK_H + 7, device=DEVICE)
     out = torch.full((7, rows.shape[1]), float("nan"), device=DEVICE)
-    gradient_rows.sum_rows(rows, index, out)
+    row_kernels.sum_rows(rows, index, out)
     torch.testing.assert_close(out, torch.zeros_like(out).index_add(0, index, rows))
 
 
 def test_scaling_in_place():
-    from pact_fast.kernels.lm_head import gradient_rows
+    from pact_fast.kernels.lm_head import rows as row_kernels
 
     x = torch.randn(3, 2001, device=DEVICE)
     for factor in (1.0, 0.5, 0.0):
-        got = gradient_rows.scale_(x.clone(), torch.tensor(factor, device=DEVICE))
+        got = row_kernels.scale_(x.clone(), torch.tensor(factor, device=DEVICE))
         assert torch.equal(got, x * factor)
 
 

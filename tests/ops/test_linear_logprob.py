@@ -149,6 +149,11 @@ BAD = {
     "bias must be .V.": (ValueError, lambda a: a | {"bias": a["bias"][1:]}),
     "bias must be a floating": (TypeError, lambda a: a | {"bias": a["bias"].long()}),
     "temperature must be finite and > 0, got 0": (ValueError, lambda a: a | {"temperature": 0.0}),
+    "temperature must be finite and > 0, got -2": (
+        ValueError,
+        lambda a: a | {"temperature": torch.full((17,), -2.0)},
+    ),
+    "temperature must be .17.": (ValueError, lambda a: a | {"temperature": torch.ones(16)}),
     "softcap must be finite and > 0": (ValueError, lambda a: a | {"softcap": -1.0}),
     "impl must be": (ValueError, lambda a: a | {"impl": "fast"}),
 }

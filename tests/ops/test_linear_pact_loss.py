@@ -4,7 +4,7 @@ import torch
 from pact_fast import linear_cross_entropy, linear_pact_loss
 from pact_fast.kernels.lm_head import reference as chunking
 from tests.helpers import head_oracle
-from tests.helpers.head_oracle import SETTINGS, R, T, problem, run
+from tests.helpers.head_oracle import SETTINGS, R, T, V, problem, run
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -145,11 +145,71 @@ def test_cross_entropy_matches_autograd(reduction, masked):
         torch.testing.assert_close(g, e)
 
 
-def test_cross_entropy_equals_torch():
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_cross_entropy_equals_torch(reduction, ignore_index, memory):
     leaves, args = problem("sft", rows=T, dead=0.0)
     x, w, b = leaves
-    want = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w, b), args["target"])
-    torch.testing.assert_close(linear_cross_entropy(x, w, args["target"], reduction="mean", bias=b), want)
+    target = args["target"]
+    target[::3] = ignore_index
+    logits = torch.nn.functional.linear(x, w, b)
+    options = {"reduction": reduction, "ignore_index": ignore_index}
+    want = torch.nn.functional.cross_entropy(logits, target, **options)
+    got = linear_cross_entropy(x, w, target, bias=b, memory=memory, **options)
+    torch.testing.assert_close(got, want)
+    for a, e in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(a, e)
+
+
+def test_cross_entropy_means_over_what_is_not_ignored_as_torch_does_by_default():
+    leaves, args = problem("sft", rows=T, dead=0.0)
+    x, w, b = leaves
+    target = args["target"]
+    target[:9] = -100
+    want = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w, b), target)
+    torch.testing.assert_close(linear_cross_entropy(x, w, target, bias=b), want)
+
+
+def test_cross_entropy_with_token_weights_is_torchs_with_class_weights():
+    leaves, args = problem("sft", rows=T, dead=0.0)
+    x, w, b = leaves
+    classes = torch.rand(V, dtype=torch.float64)
+    target = args["target"]
+    logits = torch.nn.functional.linear(x, w, b)
+    token_weight = classes[target]
+    target[::4] = -100
+    for reduction in ("mean", "sum", "none"):
+        want = torch.nn.functional.cross_entropy(logits, target, weight=classes, reduction=reduction)
+        got = linear_cross_entropy(x, w, target, bias=b, token_weight=token_weight, reduction=reduction)
+        torch.testing.assert_close(got, want)
+
+
+def test_cross_entropy_of_ignored_rows_alone_is_zero():
+    (x, w, _), _ = problem("sft", rows=T)
+    loss = linear_cross_entropy(x, w, torch.full((T,), -100))
+    loss.backward()
+    assert loss == 0
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_names_targets_outside_of_the_vocabulary(reduction):
+    (x, w, _), args = problem("sft", rows=T, dead=0.0)
+    target = args["target"]
+    target[:2] = -100
+    for wrong in (V, -1, -101):
+        target[5] = wrong
+        with pytest.raises(ValueError, match=rf"target must be in .0, {V}.* got {wrong}"):
+            linear_cross_entropy(x, w, target, reduction=reduction)
+
+
+def test_cross_entropy_refuses_label_smoothing_by_name():
+    (x, w, _), args = problem("sft", rows=T, dead=0.0)
+    with pytest.raises(ValueError, match=r"label_smoothing=0.1 is not supported"):
+        linear_cross_entropy(x, w, args["target"], label_smoothing=0.1)
 
 
 BAD = {

@@ -10,7 +10,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from pact_fast import linear_logprob, linear_pact_loss
+from pact_fast import linear_logprob, linear_pact_loss, linear_token_loss
+from tests.ops.test_docs import namespace
 
 B, L, H, V = 4, 6, 8, 31
 SETTINGS = {
@@ -111,7 +112,8 @@ def test_liger_chunked_grpo_loss(case):
     assert_same(case, loss)
 
 
-def test_trl_grpo_loss(case):
+def trl_loss(case, **settings):
+    """GRPOTrainer's loss of a case; settings replace what it reads of its configuration."""
     pytest.importorskip("datasets")
     trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
@@ -121,7 +123,7 @@ def test_trl_grpo_loss(case):
         return selective_log_softmax(logits, case.ids), entropy_from_logits(logits), None
 
     same = lambda tensor, *args, **kwargs: tensor  # noqa: E731
-    holder = types.SimpleNamespace(  # what GRPOTrainer._compute_loss reads of a trainer on one process
+    read = types.SimpleNamespace(  # what GRPOTrainer._compute_loss reads of a trainer on one process
         _get_per_token_logps_and_entropies=logps_and_entropies,
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
@@ -140,6 +142,7 @@ def test_trl_grpo_loss(case):
         accelerator=types.SimpleNamespace(num_processes=1, gather=same, reduce=same),
         _metrics=defaultdict(lambda: defaultdict(list)),
     )
+    holder = types.SimpleNamespace(**vars(read) | settings)
     inputs = {
         "prompt_ids": case.ids[:, :0],
         "prompt_mask": case.mask[:, :0],
@@ -150,4 +153,45 @@ def test_trl_grpo_loss(case):
         "old_per_token_logps": case.old,
         "ref_per_token_logps": case.ref,
     }
-    assert_same(case, trainer.GRPOTrainer._compute_loss(holder, None, inputs))
+    return trainer.GRPOTrainer._compute_loss(holder, None, inputs)
+
+
+def test_trl_grpo_loss(case):
+    assert_same(case, trl_loss(case))
+
+
+def documented(case, name, *args, memory="fast", **options):
+    """Loss and gradients of the loss function `name` of docs/ops.md."""
+    live = case.mask.flatten().nonzero()[:, 0]
+    per_row = lambda t: t.expand(B, L).flatten()[live]  # noqa: E731
+    make = namespace(f"def {name}")[name]
+    loss_fn = make(per_row(case.old), per_row(case.advantages[:, None]), *args, **options)
+    x = case.hidden.flatten(0, 1)
+    target = case.ids.flatten()[live]
+    head = {"row_index": live, "temperature": case.temperature, "memory": memory}
+    loss = linear_token_loss(x, case.weight, target, loss_fn, **head).loss
+    return loss, *torch.autograd.grad(loss, (case.hidden, case.weight))
+
+
+def of_trl(case, **settings):
+    loss = trl_loss(case, **settings)
+    return loss, *torch.autograd.grad(loss, (case.hidden, case.weight))
+
+
+@pytest.mark.parametrize("case", ["dapo"], indirect=True)
+def test_the_documented_cispo_is_trls(case):
+    weights = torch.full((int(case.mask.sum()),), 1 / float(case.mask.sum()))
+    got = documented(case, "cispo", weights, epsilon_high=1.3)
+    for a, b in zip(got, of_trl(case, loss_type="cispo", epsilon_high=1.3), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["dapo"], indirect=True)
+@pytest.mark.parametrize("epsilon", [0.2, 0.01])
+def test_the_documented_gspo_is_trls(case, epsilon):
+    sequence = torch.arange(B)[:, None].expand(B, L).flatten()[case.mask.flatten() > 0]
+    got = documented(case, "gspo", sequence, epsilon=epsilon, memory="low")
+    bounds = {"epsilon_low": epsilon, "epsilon_high": epsilon}
+    want = of_trl(case, loss_type="grpo", importance_sampling_level="sequence", **bounds)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-6)

@@ -30,6 +30,9 @@ LORA = {
 }
 
 HALF = {"distributed__compute_dtype": "bfloat16", "distributed__cpu_offload": True, "train__max_steps": 2}
+# No record's tree fits into one forward: trunk and parts of two ranks go side by side.
+STREAM = {"train__token_budget": 300, "train__prefix": "stream"}
+STREAM["model__gradient_checkpointing"] = "keep_attention"
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,9 @@ def jobs(tmp_path_factory):
         job("lora one", 1, changes=LORA),
         job("lora two, rank 0 killed", 2, run="lora-two", die=[0, 2], timeout=60, changes=LORA | STEPS),
         job("lora two finish", 2, run="lora-two", changes=LORA | resume),
+        job("streamed two", 2, changes=STREAM),
+        job("recomputed two", 2, changes=STREAM | {"train__prefix": "recompute"}),
+        job("streamed lora two", 2, changes=LORA | STREAM),
         job("bf16, offloaded", 2, changes=HALF),
         job("experts one", 1, changes=experts | {"train__token_budget": 100_000}),
         job("experts two", 2, changes=experts),
@@ -90,6 +96,21 @@ def test_ranks_train_to_the_weights_of_one_process(jobs, other):
             # Packs cut elsewhere repeat other prefixes: tokens are counted as packed.
             if isinstance(value, float) and name != "num_tokens":
                 assert theirs[name] == pytest.approx(value, abs=2e-5), name
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize(("one", "two"), [("one", "streamed two"), ("lora one", "streamed lora two")])
+def test_two_ranks_that_stream_their_trees_train_to_the_weights_of_one_process(jobs, one, two):
+    assert set(jobs[two][0]) == {0}
+    assert difference(jobs, one, two, adapters if "lora" in one else weights) < 1e-5
+
+
+def test_streaming_computes_fewer_tokens_than_recomputing(jobs):
+    streamed, recomputed = (
+        max(row.get("num_tokens") or 0 for row in curve(jobs[name][1]))
+        for name in ("streamed two", "recomputed two")
+    )
+    assert streamed < 0.9 * recomputed
 
 
 def test_the_routers_loss_does_not_depend_on_ranks_or_packs(jobs):
@@ -179,11 +200,17 @@ def test_shares_cover_everything_once_and_even_ones_are_as_long():
     items = list(range(7))
     worlds = [World(rank, 3) for rank in range(3)]
     assert sorted(i for w in worlds for i in w.shard(items)) == items
-    assert [w.pad_shard(items, -1) for w in worlds] == [[0, 3, 6], [1, 4, -1], [2, 5, -1]]
-    assert [w.pad_shard([], -1) for w in worlds] == [[], [], []]
+    for world in worlds:
+        world.begin = lambda *_: None  # no process group here
+    assert [w.rounds("update", items, -1) for w in worlds] == [[0, 3, 6], [1, 4, -1], [2, 5, -1]]
+    assert [w.rounds("update", [], -1) for w in worlds] == [[], [], []]
     alone = World()
     assert (
-        alone.shard(items) == alone.join(items) == alone.concat(items) == alone.pad_shard(items, -1) == items
+        alone.shard(items)
+        == alone.join(items)
+        == alone.concat(items)
+        == alone.rounds("a", items, -1)
+        == items
     )
     assert alone.any(True)
     assert not alone.any(False)

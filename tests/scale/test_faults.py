@@ -12,7 +12,21 @@ HERE = Path(__file__).parent
 REPEATS = int(os.environ.get("PACT_FAULTS", "3"))
 LIMIT = 300 + 300 * REPEATS
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(LIMIT + 60)]  # the first test waits for all
-SCENARIOS = ("clock", "damage", "disk_full", "kill", "kill_rank", "nan", "sigterm", "tool_worker")
+SCENARIOS = (
+    *(
+        "clock",
+        "damage",
+        "disk_full",
+        "folders",
+        "kill",
+        "kill_rank",
+        "last_save",
+        "nan",
+        "sigterm",
+        "tool_worker",
+    ),
+    "two_processes",
+)
 
 
 @pytest.fixture(scope="module")

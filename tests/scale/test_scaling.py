@@ -11,7 +11,15 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pact_fast.train.memory import GIB, QWEN3, memory, state_bytes, traffic
+from pact_fast.train.memory import (
+    GIB,
+    QWEN3,
+    choose_checkpointing,
+    device_capacity,
+    memory,
+    state_bytes,
+    traffic,
+)
 from pact_fast.tree.families import family_of, layer_parameters
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.policy import Policy
@@ -146,3 +154,16 @@ def test_the_tables_of_the_document_are_the_formulas():
         assert float(total) == pytest.approx(memory(QWEN3[size], int(gpus), 32768)["total"] / GIB, abs=0.06)
         received = sum(traffic(QWEN3[size], int(gpus), 1).values()) / GIB
         assert float(gathered) == pytest.approx(received, abs=0.06)
+
+
+def test_auto_checkpointing_takes_the_first_that_fits():
+    family, tokens = QWEN3["1.7B"], 31_000
+    totals = [memory(family, 1, tokens, way)["total"] for way in ("none", "keep_attention", "full")]
+    assert totals == sorted(totals, reverse=True)
+    kept = memory(family, 1, tokens, "keep_attention")["attention"]
+    assert kept == tokens * 28 * 16 * (2 * 128 + 4)  # bf16 out and fp32 lse: 3.4 GiB
+    none, keep, _ = totals
+    for capacity, way in ((none, "none"), (none - 1, "keep_attention"), (keep - 1, "full"), (1, "full")):
+        assert choose_checkpointing(family, 1, tokens, capacity) == way
+    assert choose_checkpointing(family, 1, tokens, 0.9 * 80 * GIB) == "keep_attention"
+    assert device_capacity(torch.device("cpu")) > 1e8

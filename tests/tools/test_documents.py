@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.rows import read_csv
 from pact_fast import config as configs
 from pact_fast import metrics
 from pact_fast.objective import PRESETS
@@ -143,3 +144,39 @@ def test_project_files_agree_on_licence_and_version():
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert {repo["repo"] for repo in hooks} == {"local"}
+
+
+def rows_named(cell):
+    """CSV rows of bench/results/ that the last cell of a row of the speed table names."""
+    rows = read_csv(ROOT / "bench" / "results")
+    for name in re.findall(r"`([^`]+)`", cell):
+        op, mode, shape = (part.strip() for part in name.split(";"))
+        found = [r for r in rows if (r["op"], r["mode"]) == (op, mode) and r["shape"].startswith(shape)]
+        assert found, f"no CSV row for {name!r}"
+        yield from (row for row in found if "H100" in row["gpu"])
+
+
+def test_every_number_of_the_speed_table_has_a_csv_row():
+    lines = [
+        line.strip("|").split("|")
+        for line in section((ROOT / "README.md").read_text(), "Speed").splitlines()
+        if line.startswith("| ")
+    ][1:]
+    assert len(lines) >= 8
+    checked = 0
+    for what, *cells, names in lines:
+        rows = list(rows_named(names))
+        for number, unit in re.findall(r"([\d,]+(?:\.\d+)?) (ms|GiB|TFLOP/s)", " ".join(cells)):
+            value = float(number.replace(",", ""))
+            half = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
+            near = [r for r in rows if r["unit"] == unit and abs(float(r["p50"]) - value) <= half]
+            assert near, f"README, {what.strip()}: no row of {number} {unit} among {names.strip()}"
+            checked += 1
+    assert checked >= 25
+
+
+def test_no_page_says_that_the_gpu_was_never_measured():
+    for page in [*PAGES, ROOT / "bench" / "LOG.md"]:
+        text = " ".join(page.read_text().split())
+        stale = re.search(r"has not been measured|Nothing has been timed on a GPU|No GPU could be had", text)
+        assert not stale, f"{page.name}: {stale[0]}"

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from pact_fast import metrics
+from pact_fast.data.colours import css
 from pact_fast.evaluation import report
 from pact_fast.evaluation.stats import evaluation_block, wilson
 from pact_fast.metrics import MetricsLogger
@@ -83,6 +84,15 @@ def test_the_page_shows_scores_curves_failures_transcript_and_config(run_dir):
     assert "class='tool_response'" in page
     assert "seed: 3" in page
     assert "<dt>non-finite numbers</dt><dd>30</dd>" in page
+
+
+def test_the_report_counts_all_steps_and_takes_the_colours_of_the_one_table(tmp_path):
+    with MetricsLogger(tmp_path, tensorboard=False) as logger:
+        for step in range(120):
+            logger.log(step, {"loss": 1.0})
+    page = report.write_report(tmp_path).read_text()
+    assert "<dt>steps</dt><dd>120</dd>" in page
+    assert css() in page
 
 
 def test_every_colour_of_a_chart_follows_light_and_dark(run_dir):

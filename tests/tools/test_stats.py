@@ -86,6 +86,19 @@ def test_evaluation_block_holds_means_limits_and_tasks():
         stats.evaluation_block([1], [1.0, 2.0], [1])
 
 
+def test_an_interval_of_calls_is_not_negative():
+    """Few tasks, one with many calls: the t limit alone lies below 0."""
+    counts = [0, 0, 0, 12]
+    assert stats.mean_interval(counts).low < 0
+    assert stats.score_mean("calls", counts).low == 0.0
+    assert stats.score_mean("calls", counts).high == stats.mean_interval(counts).high
+    assert stats.evaluation_block([0, 0, 0, 1], [0.0] * 4, counts)["calls_low"] == 0.0
+    assert stats.seed_mean("calls", [0.0, 9.0]).low == 0.0
+    assert stats.seed_mean("solved", [0.9, 1.0]).high == 1.0
+    assert stats.score_mean("reward", [-1, 1]).low < -1  # a reward may be negative
+    assert math.isnan(stats.score_mean("calls", [3]).low)
+
+
 def test_non_finite_scores_are_an_error_not_a_nan_interval():
     with pytest.raises(ValueError, match="1 non-finite"):
         stats.mean_interval([1.0, float("nan")])

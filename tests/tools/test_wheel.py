@@ -32,7 +32,7 @@ def wheel(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*pip, str(source)], check=True, env={**os.environ, "PACT_FAST_CUDA": "0"}, timeout=200)
+    subprocess.run([*pip, str(source)], check=True, timeout=200)
     (built,) = folder.glob("*.whl")
     return built
 

@@ -195,3 +195,11 @@ def test_a_dry_run_prints_what_a_run_comes_to_and_runs_nothing(tmp_path, capsys)
     assert "8 prompts x 8 rollouts = 64 rollouts" in out
     assert "GiB" in out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "full"), ("false", "none")])
+def test_a_boolean_of_gradient_checkpointing_is_told_its_name(tmp_path, old, new):
+    path = tmp_path / "old.yaml"
+    path.write_text(f"model:\n  gradient_checkpointing: {old}\n")
+    with pytest.raises(ConfigError, match=f"model.gradient_checkpointing=.* was renamed to '{new}'"):
+        load_config(path)

@@ -417,8 +417,8 @@ def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget, packin
 
 
 def test_what_needs_more_than_the_family_has_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"liger=True: its kernels for 'granite'"):
-        Policy(tiny("granite"), liger=True)
+    with pytest.raises(ValueError, match=r"kernels=liger: fused layers of 'granite'"):
+        Policy(tiny("granite"), kernels="liger")
     with pytest.raises(ValueError, match="olmo2 has no expert layers"):
         Policy(tiny("olmo2")).hidden_and_load(pack_tree([[1, 2]]))
     with pytest.raises(ValueError, match=r"granite: logits_scale .* beside logits_softcap"):

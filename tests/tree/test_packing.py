@@ -111,6 +111,8 @@ def test_linear_pack_shares_nothing():
     ("sequences", "message"),
     [
         ([[1], [[2]]], r"sequences\[1\] must be a flat list"),
+        ([1, 2], r"sequences\[0\] is 1, not a list or tensor of token ids"),
+        ([[1, [2]]], r"sequences\[0\] must be a flat list"),
         ([[1.5]], r"sequences\[0\] must be a flat list"),
         ([[1], [3, -100]], r"sequences\[1\]\[1\] = -100"),
     ],

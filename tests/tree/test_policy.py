@@ -1,13 +1,15 @@
 """A tree pass equals running every sequence alone through the same Hugging Face model."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3NextConfig
 
+from pact_fast.kernels.tree_attention import kept
+from pact_fast.tree import fused_layers
 from pact_fast.tree.families import check_model
+from pact_fast.tree.fused_layers import Kernels
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree
 from pact_fast.tree.policy import ATTENTION, Policy
 from tests.helpers.trees import (
@@ -135,38 +137,82 @@ def test_attention_dropout_in_training_is_refused():
     Policy(model.eval()).hidden(pack_tree([[1, 2]]))
 
 
-LIGER = """
-import torch
-from pact_fast.tree.packing import pack_tree
-from pact_fast.tree.policy import Policy
-from tests.helpers.trees import pact_sequences, tiny_model
-device = "cuda" if torch.cuda.is_available() else "cpu"
-pack = pack_tree(pact_sequences(1, prompt=8, trace=4, rollout=4, group=1))
-results = []
-for liger in (False, True):
-    model = tiny_model("FAMILY", hidden_size=16, intermediate_size=16).to(device)
-    hidden = Policy(model, liger=liger, attention="torch").hidden(pack)
-    weights = torch.linspace(-1, 1, hidden.numel(), device=device).view_as(hidden)
-    results.append((hidden, *torch.autograd.grad((hidden * weights).sum(), list(model.model.parameters()))))
-assert "Liger" in type(model.model.norm).__name__ or "Liger" in model.model.norm.forward.__qualname__
-for a, b in zip(*results):
-    assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6, (a - b).norm() / a.norm()
-print("equal")
-"""
+def rope(q, k, cos, sin, *_, **__):
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned(x):
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat((-high, low), -1) * sin
+
+    return turned(q), turned(k)
 
 
-@pytest.mark.gpu  # the interpreter cannot run Liger's kernels
-@pytest.mark.parametrize("name", ["qwen3", "llama"])
-def test_liger_kernels_change_nothing_but_speed(name):
-    """In a process of its own: Liger replaces the RoPE function of the whole family."""
+def rms_norm(x, weight, eps):
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+PLAIN = Kernels(rms_norm, rope, lambda gate, up: torch.nn.functional.silu(gate) * up)
+
+
+def assert_fused_equals_plain(name, device):
+    """Hidden states, every gradient, with a checkpoint; and the model is as before."""
+    model = tiny_model(name, tied=True).to(device)
+    modeling = sys.modules[type(model).__module__]
+    functions = dict(vars(modeling))
+    pack = pack_tree(pact_sequences(1, prompt=8, trace=4, rollout=4, group=1))
+    weights, results = None, []
+    for kernels, way in (("none", "none"), ("liger", "none"), ("liger", "keep_attention")):
+        hidden = Policy(model, kernels=kernels, gradient_checkpointing=way).hidden(pack)
+        weights = torch.linspace(-1, 1, hidden.numel(), device=device).view_as(hidden)
+        parameters = list(model.model.parameters())
+        results.append((hidden, *torch.autograd.grad((hidden * weights).sum(), parameters)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
+    assert dict(vars(modeling)) == functions
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "mistral"])
+def test_fused_layers_are_those_of_the_plain_model_and_are_taken_out_again(name, monkeypatch):
+    """With the three kernels in plain PyTorch; Triton's interpreter cannot run Liger's."""
+    calls = []
+    counted = Kernels(*(lambda *a, f=f, **k: calls.append(1) or f(*a, **k) for f in PLAIN))
+    monkeypatch.setattr(fused_layers, "liger_kernels", lambda: counted)
+    assert_fused_equals_plain(name, "cpu")
+    norms = {"qwen3": 4}.get(name, 2)
+    per_forward = 2 * (norms + 2) + 1  # two layers of norms, RoPE and SwiGLU, and the final norm
+    assert len(calls) >= 2 * per_forward
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "mistral"])
+def test_ligers_kernels_change_nothing_but_speed(name):
     pytest.importorskip("liger_kernel")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LIGER.replace("FAMILY", name)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
+    assert_fused_equals_plain(name, "cuda")
+
+
+def test_kernels_are_chosen_by_device_package_family_and_compile(monkeypatch):
+    model = tiny_model("qwen3")
+    assert Policy(model, kernels="auto").kernels is None  # on a CPU
+    monkeypatch.setattr(fused_layers, "liger_kernels", lambda: PLAIN)
+    with pytest.raises(ValueError, match="choose one of them"):
+        Policy(model, kernels="liger", compile="eager")
+    with pytest.raises(ValueError, match="auto, liger, none"):
+        Policy(model, kernels="triton")
+
+
+def test_a_forward_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    def broken(*_):
+        raise ArithmeticError("inside")
+
+    monkeypatch.setattr(fused_layers, "liger_kernels", lambda: PLAIN._replace(silu_mul=broken))
+    model = tiny_model("qwen3")
+    with pytest.raises(ArithmeticError):
+        Policy(model, kernels="liger").hidden(pack_tree([[1, 2]]))
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert model.model(input_ids=torch.tensor([[1, 2]])).last_hidden_state.isfinite().all()
 
 
 def test_other_families_and_layers_are_refused():
@@ -180,3 +226,45 @@ def test_other_families_and_layers_are_refused():
         Policy(
             tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
         )
+
+
+@pytest.mark.parametrize(("attention", "windowed"), [("torch", False), ("torch", True), ("triton", True)])
+def test_kept_attention_has_the_gradients_of_no_checkpoint_and_runs_once(monkeypatch, attention, windowed):
+    if attention == "triton":
+        pytest.importorskip("pact_fast.kernels.tree_attention.triton")
+    layers = {"layer_types": ["sliding_attention", "full_attention"]} if windowed else {}
+    window = {"sliding_window": 9, "use_sliding_window": True} if windowed else {}
+    overrides = {"head_dim": 16} if attention == "triton" else {}
+    model = tiny_model("qwen3", tied=True, **layers, **window, **overrides)
+    pack = pack_tree(pact_sequences(3, prompt=14, trace=5, rollout=5, group=2))
+    runs = []
+    forward = kept._forward
+    monkeypatch.setattr(kept, "_forward", lambda *a: runs.append(1) or forward(*a))
+
+    def loss_of(way):
+        hidden = Policy(model, attention=attention, gradient_checkpointing=way).hidden(pack)
+        return (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
+
+    plain, checkpointed = loss_of("none"), loss_of("keep_attention")
+    assert plain.item() == pytest.approx(checkpointed.item(), rel=1e-6)
+    assert_gradients_equal(model, checkpointed, plain)
+    assert len(runs) == model.config.num_hidden_layers  # the recomputation has taken what was kept
+
+
+def test_what_is_kept_is_freed_by_the_backward(monkeypatch):
+    model, seen = tiny_model("qwen3"), []
+    attend = kept.tree_attention
+    monkeypatch.setattr(kept, "tree_attention", lambda *a, **k: seen.append(a[4]) or attend(*a, **k))
+    loss = Policy(model, gradient_checkpointing="keep_attention").hidden(pack_tree(pact_sequences(3))).sum()
+    assert sorted(seen[0]) == list(range(model.config.num_hidden_layers))
+    loss.backward()
+    assert seen[0] == {}
+
+
+def test_checkpointing_is_one_of_three_ways_and_flex_cannot_keep_its_attention():
+    model = tiny_model("qwen3")
+    with pytest.raises(ValueError, match="choose from none, full, keep_attention"):
+        Policy(model, gradient_checkpointing="some")
+    policy = Policy(model, attention="flex", gradient_checkpointing="keep_attention")
+    with pytest.raises(ValueError, match="keep_attention"):
+        policy.hidden(pack_tree([[1, 2], [1, 3]]))

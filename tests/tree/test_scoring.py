@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pact_fast import Policy, context_logprobs, sequence_logprobs
+from pact_fast import Policy, context_logprobs, pack_tree, sequence_logprobs
 from tests.helpers.trees import (
     assert_gradients_equal,
     one_by_one,
@@ -84,3 +84,46 @@ def test_empty_inputs_are_refused():
     with pytest.raises(ValueError, match="privileged_prompt is empty"):
         context_logprobs(model, [1], [], [[2]])
     assert sequence_logprobs(model, []) == []
+
+
+@pytest.mark.parametrize(
+    ("sequences", "problem"),
+    [
+        ([1, 2, 3], r"sequences\[0\] is 1, not a list.* given as \[ids\]"),
+        (torch.tensor([1, 2, 3]), r"sequences\[0\] is tensor\(1\), not a list"),
+        ([[1, 2], [[3]]], r"sequences\[1\] must be a flat list"),
+        ([[1, 2.5]], r"sequences\[0\] must be a flat list"),
+        ([[1, [2]]], r"sequences\[0\] must be a flat list"),
+        (["ab"], r"sequences\[0\] must be a flat list"),
+        ([[1, 2], [3, 10**6]], r"sequences\[1\]\[1\] = 1000000, but the model's vocabulary has \d+ tokens"),
+        ([[1, -100]], r"sequences\[0\]\[1\] = -100"),
+    ],
+)
+def test_what_is_no_list_of_a_models_tokens_is_named(sequences, problem):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=problem):
+        sequence_logprobs(model, sequences)
+
+
+def test_contexts_and_rollouts_that_are_no_tokens_are_named():
+    model = tiny_model("llama")
+    beyond = model.config.vocab_size
+    for arguments, problem in (
+        (([1, beyond], [1], [[2]]), rf"^prompt\[1\] = {beyond}, but the model's vocabulary"),
+        (([1], [1, beyond], [[2]]), rf"privileged_prompt\[1\] = {beyond}"),
+        (([1], [1], [[2], [3, beyond]]), rf"rollouts\[1\]\[1\] = {beyond}"),
+        (([1], [1], [2, 3]), r"rollouts\[0\] is 2, not a list"),
+        (([[1]], [1], [[2]]), "^prompt must be a flat list"),
+        ((1, [1], [[2]]), "^prompt is 1, not a list"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            context_logprobs(model, *arguments)
+
+
+def test_a_pack_of_ones_own_is_checked_against_the_model():
+    policy = Policy(tiny_model("llama"))
+    pack = pack_tree([[1, 2], [1, policy.family.vocabulary]])
+    with pytest.raises(ValueError, match=rf"sequences\[1\]\[1\] = {policy.family.vocabulary}"):
+        policy.hidden(pack)
+    with pytest.raises(ValueError, match=rf"sequences\[1\]\[1\] = {policy.family.vocabulary}"):
+        next(policy.stream(pack, 2))

@@ -1,5 +1,7 @@
 """The Triton kernels of tree attention, interpreted on CPU (compiled on a GPU), against the definition."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -9,6 +11,15 @@ from pact_fast.ops import tree_attention, tree_plan
 from pact_fast.tree.packing import pack_tree
 from tests.helpers.attention_oracle import DEVICE, SMALL, assert_near, inputs, oracle
 from tests.helpers.trees import pact_sequences, random_sequences
+
+EMPTY = torch.empty
+
+
+def poisoned(*args, **kwargs):
+    """torch.empty whose memory holds NaN."""
+    x = EMPTY(*args, **kwargs)
+    return x.fill_(torch.nan) if x.is_floating_point() else x
+
 
 # T = 158 with 16-row tiles: full, partial and skipped tiles and a ragged last one. 80 is padded to 128.
 TRITON_CASES = [
@@ -95,6 +106,31 @@ def test_queries_behind_a_cached_prefix_equal_those_of_the_whole_tree(impl):
         torch.testing.assert_close(behind, whole[first:], atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="first_query = 99"):
         tree_plan(end, first_query=99, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("first", [19, 32, 50])
+@pytest.mark.parametrize("tiles", [None, Tiles(Tile(16, 16, 1, 1), Tile(32, 16, 1, 1), Tile(64, 16, 1, 1))])
+def test_gradients_of_queries_behind_a_prefix_equal_the_definitions(impl, window, first, tiles, monkeypatch):
+    """Tiles of the backward that begin before any of the forward hold rows that nobody has written."""
+    if impl == "triton" and tiles is not None:
+        from pact_fast.kernels.tree_attention import triton as kernels
+
+        monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
+    elif tiles is not None:
+        pytest.skip("torch has no tiles")
+    end = pack_tree(pact_sequences(6, prompt=24, trace=6, rollout=7, group=2)).subtree_end.to(DEVICE)
+    q, k, v = inputs(end.numel(), device=DEVICE)
+    plan = tree_plan(end, first_query=first, window=window, impl=impl)
+    with mock.patch.object(torch, "empty", poisoned):
+        out, lse = tree_attention(q[first:], k, v, end, plan=plan, window=window, return_lse=True)
+        d_out, d_lse = torch.randn_like(q), torch.randn(q.shape[:2], device=DEVICE)
+        d_out[:first], d_lse[:first] = 0, 0
+        got = torch.autograd.grad([out, lse], [q, k, v], [d_out[first:], d_lse[first:]])
+    want = oracle(q, k, v, end, d_out, d_lse, window)
+    for a, b in zip([out, lse, *got], [want[0][first:], want[1][first:], *want[2:]], strict=True):
+        assert_near(a, b, torch.float32)
 
 
 def test_rows_do_not_read_what_they_cannot_see():

@@ -11,15 +11,15 @@ import importlib.util
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record
 from pact_fast.data.traces import trace_from_calls
-from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.base import Episode, Outcome, StepResult, reply_or_end
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
 
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
@@ -48,6 +48,9 @@ ELSEWHERE = {  # categories of the package that are no tasks of this environment
     "memory_rec_sum": "is not built; of the memory backends the key-value one is (env bfcl_memory)",
     "memory": "is an environment of its own, since the model first fills its memory: use env bfcl_memory",
 }
+STEPS = 20  # messages with calls that the official run lets a user turn have; one more ends the task
+# What the official run says where functions are handed over (its wording for models that read them as text).
+OFFICIAL_MORE_TOOLS = "{tools}\nI have updated some more functions you can choose from. What about now?"
 MORE_TOOLS = "From now on there are more tools:\n{tools}\nUse them for what I asked before."
 NO_TOOL = "None of my tools can do this."
 NO_DETAILS = "I need more details before I can do this."
@@ -60,7 +63,10 @@ class BfclSettings:
     """Which tasks, how they are split, and how calls are run.
 
     protocol: "in_house" splits the task numbers into train, validation and test (our split, no leaderboard
-    number); "benchmark" makes every task of the categories a test task and has no training tasks.
+    number); "benchmark" makes every task of the categories a test task, has no training tasks, and does as
+    the official run does: unreadable calls are passed over, a message without a readable one ends the user
+    turn, no number of bad calls ends the task, more than 20 messages with calls in one user turn do, and
+    functions are handed over in its words.
     reward: "turns" (share of user turns passed before the first failure) or "accuracy" (1 if the checker
     says valid).
     """
@@ -71,7 +77,7 @@ class BfclSettings:
     validation_tasks: int = 30  # task numbers, taken from the others
     seed: int = 0  # of the split
     reward: str = "turns"
-    max_consecutive_invalid: int = 3  # unreadable calls or unknown tools; then the episode ends
+    max_consecutive_invalid: int = 3  # unreadable calls or unknown tools; then the episode ends. in_house
     short_descriptions: bool = False  # without the remark on the suite each tool's description starts with
     max_response_length: int | None = None  # characters the model sees of a response; the checker sees all
     workers: int = 2
@@ -100,6 +106,7 @@ class BfclEpisode(Episode):
     """`turns`: per user turn so far, the calls of each assistant message."""
 
     turns: list[list[list[Call]]] = field(default_factory=lambda: [[]])
+    steps: int = 0  # messages with calls in this user turn
     valid_calls: int = 0
     verdict: dict[str, Any] | None = None
 
@@ -124,6 +131,15 @@ class BfclEnv:
             packages=[str(package_folder(name).parent) for name in ("bfcl_eval", "mpmath")],
         )
         self._records: dict[str, list[Record]] = {}
+
+    @property
+    def official(self) -> bool:
+        return self.settings.protocol == "benchmark"
+
+    @property
+    def max_turns(self) -> int:
+        """Assistant messages that an episode may need: no limit of a rollout should end it before."""
+        return (STEPS + 1) * max(len(r.env["requests"]) for r in self.records("test"))
 
     # Records
 
@@ -153,8 +169,8 @@ class BfclEnv:
                 self.folder / "data" / "possible_answer" / f"BFCL_v4_multi_turn_{category}.json"
             )
             truths = {row["id"]: row["ground_truth"] for row in answers}
-            short = self.settings.short_descriptions
-            records = [task_record(task, truths[task["id"]], category, short) for task in tasks]
+            short, official = self.settings.short_descriptions, self.official
+            records = [task_record(t, truths[t["id"]], category, short, official) for t in tasks]
             self._records[category] = self._with_traces(records)
         return self._records[category]
 
@@ -182,11 +198,14 @@ class BfclEnv:
         running = [i for i, calls in enumerate(readable) if calls]
         jobs = [self._job(episodes[i].record, episodes[i].made(), readable[i]) for i in running]
         results = dict(zip(running, self.sandbox.run(jobs), strict=True))
-        replies = [self._reply(e, t, readable[i], results.get(i)) for i, (e, t) in enumerate(rows)]
+        replies = [
+            reply_or_end(e, partial(self._reply, e, t, readable[i], results.get(i)))
+            for i, (e, t) in enumerate(rows)
+        ]
         self._score([e for e in episodes if e.done])
         return [
-            StepResult(responses, message, e.done, self._reward(e) if e.done else 0.0)
-            for e, (responses, message) in zip(episodes, replies, strict=True)
+            replace(reply, done=e.done, reward=self._reward(e) if e.done else 0.0)
+            for e, reply in zip(episodes, replies, strict=True)
         ]
 
     def _job(self, record: Record, earlier: list[Call], calls: list[Call]) -> SandboxCall:
@@ -195,10 +214,15 @@ class BfclEnv:
 
     def _reply(
         self, episode: BfclEpisode, turn: AssistantTurn, calls: list[Call], result: CallResult | None
-    ) -> tuple[tuple[str, ...], str | None]:
-        """(tool responses, next user message) of one row; books the calls."""
-        if not turn.tool_calls:
-            return (), self._next_request(episode)
+    ) -> StepResult:
+        """Tool responses and next user message of one row; books the calls."""
+        answered = turn.tool_calls
+        if self.official:  # it passes over what it cannot read
+            answered = tuple(call for call in turn.tool_calls if call.error is None)
+            for _ in range(len(turn.tool_calls) - len(answered)):
+                episode.count_failure("bad_arguments")
+        if not answered:
+            return StepResult(user_message=self._next_request(episode))
         outputs: Iterator[tuple[str, str]]
         if result is not None and result.kind == "ok":
             episode.turns[-1].append(calls)
@@ -206,9 +230,13 @@ class BfclEnv:
         else:  # the calls hung or broke the worker: they count as not made
             message = f"Error during execution: {result.error}" if result else ""
             outputs = iter([("tool_error", message)] * len(calls))
-        responses = tuple(self._book(episode, call, outputs) for call in turn.tool_calls)
-        episode.done = episode.invalid_in_a_row >= self.settings.max_consecutive_invalid
-        return responses, None
+        responses = tuple(self._book(episode, call, outputs) for call in answered)
+        episode.steps += 1
+        if self.official:
+            episode.done = episode.steps > STEPS
+        else:
+            episode.done = episode.invalid_in_a_row >= self.settings.max_consecutive_invalid
+        return StepResult(responses)
 
     def _book(self, episode: BfclEpisode, call: ToolCall, outputs: Iterator[tuple[str, str]]) -> str:
         episode.calls += 1
@@ -232,6 +260,7 @@ class BfclEnv:
             episode.done = True
             return None
         episode.turns.append([])
+        episode.steps = 0
         return requests[len(episode.turns) - 1]
 
     # Scores
@@ -298,10 +327,14 @@ def number(record_id: str) -> int:
 
 
 def task_record(
-    task: Mapping[str, Any], truth: Sequence[Sequence[str]], category: str, short: bool = False
+    task: Mapping[str, Any],
+    truth: Sequence[Sequence[str]],
+    category: str,
+    short: bool = False,
+    official: bool = False,
 ) -> Record:
     """The record of one task, without a trace. env: task, requests (later user turns' texts), more_tools,
-    ground_truth."""
+    ground_truth. official: whether functions are handed over in the official run's words."""
     functions = [
         f for cls in task["involved_classes"] for f in function_docs(cls) if f["name"] not in excluded(task)
     ]
@@ -320,7 +353,7 @@ def task_record(
             "long_context": category == "long_context",
         },
         "requests": [
-            request(messages, more.get(str(turn))) for turn, messages in enumerate(task["question"])
+            request(messages, more.get(str(turn)), official) for turn, messages in enumerate(task["question"])
         ],
         "more_tools": more,
         "ground_truth": [[json_call(text, parameters) for text in turn] for turn in truth],
@@ -372,11 +405,14 @@ def json_schema(spec: Any) -> Any:
     return out
 
 
-def request(messages: Sequence[Mapping[str, str]], more: Sequence[dict] | None) -> str:
+def request(
+    messages: Sequence[Mapping[str, str]], more: Sequence[dict] | None, official: bool = False
+) -> str:
     """A user turn's text. Where functions held back so far are handed over, their schemas stand in it."""
     texts = [m["content"] for m in messages]
     if more:
-        texts.append(MORE_TOOLS.format(tools="\n".join(json.dumps(tool["function"]) for tool in more)))
+        tools = "\n".join(json.dumps(tool["function"]) for tool in more)
+        texts.append((OFFICIAL_MORE_TOOLS if official else MORE_TOOLS).format(tools=tools))
     return "\n".join(texts)
 
 

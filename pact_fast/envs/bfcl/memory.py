@@ -11,12 +11,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn
 from pact_fast.data.records import Record
-from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.base import Episode, Outcome, StepResult, reply_or_end
 from pact_fast.envs.bfcl.env import package_folder, program, read_jsonl, tool_schema
 from pact_fast.envs.sandbox.sandbox import CallResult, Sandbox, SandboxCall
 
@@ -236,10 +237,13 @@ class BfclMemoryEnv:
         results = dict(
             zip(calling, self._run([(episodes[i].memory, readable[i]) for i in calling]), strict=True)
         )
-        return [
-            self._book(episode, turn, results[i]) if i in results else self._close_request(episode, turn)
-            for i, (episode, turn) in enumerate(zip(episodes, turns, strict=True))
-        ]
+        rows = enumerate(zip(episodes, turns, strict=True))
+        return [reply_or_end(e, partial(self._reply, e, t, results.get(i))) for i, (e, t) in rows]
+
+    def _reply(self, episode: MemoryEpisode, turn: AssistantTurn, result: CallResult | None) -> StepResult:
+        if result is None:
+            return self._close_request(episode, turn)
+        return self._book(episode, turn, result)
 
     def _close_request(self, episode: MemoryEpisode, turn: AssistantTurn) -> StepResult:
         requests = episode.record.env["requests"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.records import Record, load_records
-from pact_fast.envs.base import Episode, Outcome, StepResult
+from pact_fast.envs.base import Episode, Outcome, StepResult, reply_or_end
 from pact_fast.envs.call_matching import (
     Call,
     answer_f1,
@@ -67,16 +67,21 @@ class ToolboxEnv:
         return [ToolboxEpisode(r, open_values=[s["value"] for s in r.env["steps"]]) for r in records]
 
     def step(self, episodes: Sequence[ToolboxEpisode], turns: Sequence[AssistantTurn]) -> list[StepResult]:
+        rows = list(zip(episodes, turns, strict=True))
         jobs = [
-            SandboxCall(
-                self._program(episode.record), "call_here", {"name": call.name, "arguments": call.arguments}
-            )
-            for episode, turn in zip(episodes, turns, strict=True)
-            for call in turn.tool_calls
-            if call.error is None
+            [
+                SandboxCall(self._program(e.record), "call_here", {"name": c.name, "arguments": c.arguments})
+                for c in t.tool_calls
+                if c.error is None
+            ]
+            for e, t in rows
         ]
-        results = iter(self.sandbox.run(jobs))
-        return [self._step_one(episode, turn, results) for episode, turn in zip(episodes, turns, strict=True)]
+        results = iter(self.sandbox.run([job for row in jobs for job in row]))
+        mine = [iter([next(results) for _ in row]) for row in jobs]
+        return [
+            reply_or_end(e, partial(self._step_one, e, t, given))
+            for (e, t), given in zip(rows, mine, strict=True)
+        ]
 
     def finish(self, episodes: Sequence[ToolboxEpisode], truncated: Sequence[str | None]) -> list[Outcome]:
         return [self._outcome(e, cut) for e, cut in zip(episodes, truncated, strict=True)]
