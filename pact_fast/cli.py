@@ -64,8 +64,8 @@ def _guarded(run: Callable[[list[str]], int], words: list[str]) -> int:
 
     Ctrl-C and SIGTERM end a command with a line, too (130 and 143); `train` and `serve` have their own ways.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
         return run(words)
     except BrokenPipeError:  # `pact-fast ... | head`: the reader has what it wanted
@@ -86,6 +86,9 @@ def _guarded(run: Callable[[list[str]], int], words: list[str]) -> int:
     except _Terminated:
         print("stopped by SIGTERM; what was finished is saved, the same command goes on", file=sys.stderr)
         return 143
+    finally:
+        if main_thread:  # a caller in the same process keeps its own way to stop
+            signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(signum: int, frame: Any) -> None:

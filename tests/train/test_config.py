@@ -1,5 +1,7 @@
 """Configuration: presets, overrides, and errors that name the key and the way out."""
 
+import signal
+
 import pytest
 
 from pact_fast.cli import main
@@ -203,3 +205,9 @@ def test_a_boolean_of_gradient_checkpointing_is_told_its_name(tmp_path, old, new
     path.write_text(f"model:\n  gradient_checkpointing: {old}\n")
     with pytest.raises(ConfigError, match=f"model.gradient_checkpointing=.* was renamed to '{new}'"):
         load_config(path)
+
+
+def test_a_command_leaves_the_callers_signal_handlers(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["train", str(tmp_path / "absent.yaml")]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before
