@@ -216,3 +216,15 @@ def test_weights_of_adapters_are_merged_as_peft_merges_them(tmp_path):
     assert not torch.equal(
         found["model.layers.0.mlp.up_proj.weight"], base_model().model.layers[0].mlp.up_proj.weight
     )
+
+
+def test_a_server_that_reads_less_than_the_model_is_never_asked_for_more(weights_root, engine_on):
+    shape = {"tokenizer": False, "model_root": weights_root, "max_model_len": 24}
+    with served(None, model=base_model(), **shape) as server:
+        engine = engine_on(url_of(server))
+        prompts = [list(range(10, 10 + length)) for length in (4, 20, 24, 30)]
+        found = draw(engine, prompts, tokens=12, temperature=1.0, seed=range(4))
+    assert [len(g.token_ids) for g in found][2:] == [0, 0]
+    assert [g.finish_reason for g in found][2:] == ["length", "length"]
+    assert len(found[1].token_ids) <= 4
+    assert len(found[0].token_ids) > 0

@@ -93,6 +93,7 @@ class RemoteServer:
     keep: bool = False
     version: str | None = None  # of the weights it was last given or seen to hold
     model: str = ""
+    max_model_len: int | None = None  # tokens of prompt and completion that it says it takes
     down_until: float = 0.0  # time.monotonic() before which others are asked first
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _local: threading.local = field(default_factory=threading.local)
@@ -109,12 +110,16 @@ class RemoteServer:
 
     def complete(self, body: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
         """POST /v1/completions under these weights; gives them to the server first where it has others."""
+        self.ready(weights)
+        whole = {"model": self.model, **body, "cache_salt": weights.version}
+        return self.call("POST", "/v1/completions", whole)
+
+    def ready(self, weights: Weights) -> None:
+        """As `ensure`, once a connection and version of the weights."""
         connection = self._connection()
         if not connection.verified or self.version != weights.version:
             self.ensure(weights)
             connection.verified = True
-        whole = {"model": self.model, **body, "cache_salt": weights.version}
-        return self.call("POST", "/v1/completions", whole)
 
     def ensure(self, weights: Weights) -> None:
         """Returns when the server is known to hold these weights; else RetryableError, InvalidResponse or
@@ -125,6 +130,8 @@ class RemoteServer:
             if not isinstance(models, list) or not models or not isinstance(models[0].get("id"), str):
                 raise InvalidResponse(f"{self.url}: GET /v1/models names no model: {str(models)[:200]}")
             self.model = models[0]["id"]
+            limit = models[0].get("max_model_len")
+            self.max_model_len = limit if isinstance(limit, int) else None
             if self.call("GET", "/weight_info").get("weight_version") != weights.version:
                 self._load(weights)
             self.version = weights.version

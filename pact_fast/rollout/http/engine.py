@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pact_fast.rollout.engine import Generation, RolloutError, row_seeds
@@ -165,15 +165,22 @@ class HTTPEngine:
         def attempt(number: int) -> Generation:
             server, weights = self._choose(row.index * len(self.servers) // row.of, number), self.weights
             assert weights is not None
+            server.ready(weights)
+            room = row.max_tokens
+            if server.max_model_len is not None:  # less than the model's own context, perhaps
+                room = min(room, server.max_model_len - len(row.prompt))
+            if room < 1:
+                return Generation([], [], "length")
             body = completion_body(
                 row.prompt,
-                max_tokens=row.max_tokens,
+                max_tokens=room,
                 temperature=row.temperature,
                 seed=row.seed,
                 stops=[*row.stops],
             )
             with _Watched(server):
-                return self._checked(server.complete(body, weights), row, server, weights)
+                answer = server.complete(body, weights)
+                return self._checked(answer, replace(row, max_tokens=room), server, weights)
 
         return self._persist(attempt, f"row {row.index} of {row.of} (seed {row.seed})")
 
