@@ -92,10 +92,13 @@ def test_model_generates_as_before_between_tree_passes(family):
 
 def test_attention_is_restored_after_a_failure():
     model = tiny_model("qwen3")
-    pack = pack_tree([[1, 2, 3], [1, 2, 4]])
-    bad = pack.__class__(pack.input_ids + 100, pack.position_ids, pack.subtree_end, pack.token_index)
-    with pytest.raises(IndexError):
-        Policy(model).hidden(bad)
+
+    def fail(*_):
+        raise KeyError("in the last layer")
+
+    model.model.layers[-1].register_forward_hook(fail)
+    with pytest.raises(KeyError, match="in the last layer"):
+        Policy(model).hidden(pack_tree([[1, 2, 3], [1, 2, 4]]))
     assert model.config._attn_implementation == "sdpa"
 
 
