@@ -26,7 +26,7 @@ SMALL_MODEL = 10_000_000  # parameters; two threads took longer than one on ever
 def set_threads(threads: int | None, model: nn.Module) -> None:
     """CPU threads of the whole process: as given, else one for a small model, which more make slower."""
     small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
-    if threads or (small and torch.get_num_threads() > 1):
+    if threads or small:
         torch.set_num_threads(threads or 1)
 
 

@@ -77,6 +77,8 @@ class Trainer:
         self.config = config
         torch.manual_seed(config.run.seed)
         check_trackers(config.run.report_to)  # before a model loads
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
         self.world = join_world(config.run.device)
         self.device = device_of(config.run.device, self.world.local_rank)
         self.run_dir = Path(config.run.dir) / config.run.name

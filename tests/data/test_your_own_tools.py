@@ -83,6 +83,8 @@ def test_every_command_of_the_page_runs_and_does_what_the_page_says(folder, caps
 
 def test_a_trace_that_its_tools_contradict_is_named(folder, capsys):
     rows = [json.loads(line) for line in Path("tasks.jsonl").read_text().splitlines()]
+    given = rows[3]["expert_trace"][1]["content"]
+    assert "250" in given
     rows[3]["expert_trace"][1]["content"] = "251"
     rows[4]["answer"] = "7"
     rows[5]["codes"] = {"add": rows[5]["codes"]["add"]}
@@ -90,10 +92,8 @@ def test_a_trace_that_its_tools_contradict_is_named(folder, capsys):
     assert main(["data", "check", "spoilt.jsonl"]) == 1
     printed = capsys.readouterr().out
     assert "solved 18, mean reward 0.97, contradicted 2" in printed
-    assert (
-        "spoilt.jsonl:4: record 'shop-3': expert_trace[1]: tool 'price' gives '250', the trace says '251'"
-        in printed
-    )
+    told = f"tool 'price' gives {given!r}, the trace says '251'"
+    assert f"spoilt.jsonl:4: record 'shop-3': expert_trace[1]: {told}" in printed
     assert "record 'shop-4': answer '7' is not in the trace's last message" in printed
     assert "spoilt.jsonl:6: record 'shop-5': codes: no source for tool 'price'" in printed
     assert main(["data", "check", "spoilt.jsonl", "--no-replay"]) == 0

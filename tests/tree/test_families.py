@@ -400,10 +400,10 @@ def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget, packin
         logits = model(sample.ids[None]).logits[0, :-1] / (temperature if sample.is_policy else 1.0)
         logprobs = logits.log_softmax(-1).gather(1, sample.ids[1:, None])[:, 0]
         want = want - ((sample.policy_weight * sample.advantages + sample.sft_weight)[1:] * logprobs).sum()
-    got, router, packs = torch.zeros(()), 0.0, 0
+    router, packs = 0.0, 0
     how = {"token_budget": budget, "packing": packing, "temperature": temperature}
     for pack in pack_losses(Policy(model), samples, ObjectiveConfig(), **how):
-        got = got + pack.loss
+        pack.loss.backward()  # before the next one, as a streamed tree needs it
         router += 0.0 if pack.router_loss is None else float(pack.router_loss.detach())
         packs += 1
     assert (packs > 1) == (budget == 60)
@@ -413,7 +413,10 @@ def test_the_trainers_loss_and_gradients_equal_one_by_one(config, budget, packin
         want = want + 0.3 * aux
     else:
         assert router == 0.0
-    assert_gradients_equal(model, got, want, FLOOR)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    wanted = torch.autograd.grad(want, parameters, allow_unused=True)
+    for name, parameter, b in zip(names, parameters, wanted, strict=True):
+        assert (parameter.grad - b).norm() <= 1e-4 * b.norm() + FLOOR, name
 
 
 def test_what_needs_more_than_the_family_has_is_refused_by_name():
