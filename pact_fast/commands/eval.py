@@ -23,7 +23,7 @@ from pact_fast.envs.base import FAILURE_KINDS, REGISTRY, ToolEnv, make_env
 from pact_fast.evaluation.evaluate import transcript
 from pact_fast.evaluation.stats import mean_interval, share_interval
 from pact_fast.rollout import Rollout, RolloutLimits, collect_rollouts, local_engine
-from pact_fast.train.build import device_of, load_pretrained, set_threads
+from pact_fast.train.build import base_out_of_place, device_of, load_pretrained, set_threads
 
 # (assistant turns, tokens after the prompt, tokens a turn) where the command line says nothing. The bundled
 # environment's answers are short; models of the real benchmarks think before they call.
@@ -103,6 +103,8 @@ def run(args: argparse.Namespace, env: ToolEnv) -> list[dict[str, Any]]:
     device = device_of(args.device)
     model, tokenizer = load_pretrained(args.model, args.dtype)
     set_threads(args.threads, model)
+    if note := base_out_of_place(args.model, args.env):
+        print(note)
     chat = ChatFormat.for_tokenizer(tokenizer, args.chat_format)
     out = Path(args.out)  # made once what it is to hold can be made
     out.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,16 @@ def load_pretrained(name: str, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def base_out_of_place(name: str, env: str) -> str | None:
+    """A line to print where the bundled model is put to work that it was not made for."""
+    if name != "toolbox-base" or env.startswith("toolbox"):
+        return None
+    return (
+        f"note: toolbox-base (312,000 parameters) knows the toolbox environment alone; on {env} it shows that "
+        "things run, not what they learn: give a model of your own"
+    )
+
+
 def model_path(name: str) -> str | Path:
     """What `from_pretrained` takes for a model's name; ValueError where it is a path and nothing is there."""
     if name == "toolbox-base":

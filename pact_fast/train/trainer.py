@@ -27,6 +27,7 @@ from pact_fast.objective import Schedule, SFTStrength
 from pact_fast.rollout import Overlap, Rollout, RolloutError, RolloutLimits, build_engine
 from pact_fast.train.batch import Sample, SampleBuilder, needed, pack_losses, trim
 from pact_fast.train.build import (
+    base_out_of_place,
     build_model,
     build_optimizer,
     build_policy,
@@ -84,6 +85,8 @@ class Trainer:
         self.run_dir = Path(config.run.dir) / config.run.name
         self.model, self.tokenizer = build_model(config.model, config.lora, self.device)
         set_threads(config.run.threads, self.model)
+        if note := base_out_of_place(config.model.path, config.env.name):
+            self._say(note)
         self.policy = build_policy(self.model, config.model, config.train.token_budget, self.world.size)
         self.chat = ChatFormat.for_tokenizer(
             self.tokenizer, config.model.chat_format, levels=config.objective.reasoning_levels

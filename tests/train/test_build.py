@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pact_fast.train.build import base_out_of_place
+
 # In a process of its own: what other tests have freed counts towards glibc's limit, too.
 PAGE_FAULTS = """
 import resource, torch
@@ -31,3 +33,9 @@ def test_freed_memory_is_not_faulted_in_again():
     command, root = [sys.executable, "-c", PAGE_FAULTS], Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 4000
+
+
+def test_the_bundled_model_out_of_its_environment_is_said():
+    assert base_out_of_place("toolbox-base", "toolbox") is None
+    assert base_out_of_place("my/model", "python") is None
+    assert "knows the toolbox environment alone" in base_out_of_place("toolbox-base", "python")
