@@ -81,8 +81,8 @@ def base_out_of_place(name: str, env: str) -> str | None:
     if name != "toolbox-base" or env.startswith("toolbox"):
         return None
     return (
-        f"note: toolbox-base (312,000 parameters) knows the toolbox environment alone; on {env} it shows that "
-        "things run, not what they learn: give a model of your own"
+        f"note: toolbox-base (312,000 parameters) knows the toolbox environment alone; on {env} it shows "
+        "that things run, not what they learn: give a model of your own"
     )
 
 
