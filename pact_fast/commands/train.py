@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
     console.print(final_table(summary))
     folder = trainer.run_dir
     console.print(f"{page}: curves and a transcript; metrics.jsonl and TensorBoard events beside it")
-    console.print(f"next: pact-fast eval {folder} --env {config.env.name}", highlight=False, soft_wrap=True)
+    words = ["pact-fast", "eval", str(folder), "--env", config.env.name]
+    words += [w for name, value in config.env.settings.items() for w in ("--setting", f"{name}={value}")]
+    console.print(f"next: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
