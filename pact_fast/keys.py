@@ -19,6 +19,7 @@ RENAMED_KEYS = {  # old key: what it is called now
     "env.train_file": "env.settings.train_path",
     "env.validation_file": "env.settings.validation_path",
     "env.test_file": "env.settings.test_path",
+    "env.skip_bad_records": "env.settings.skip_bad_records",
 }
 DROPPED_KEYS = {  # old key: why there is none any more
     "rollout.per_sequence_seed": "every rollout is drawn from a seed of its own: remove it",

@@ -96,7 +96,7 @@ def load_records(path: str | Path, *, require_trace: bool = True, skip_bad: bool
     if errors and not skip_bad:
         first = errors[0]
         more = f"; {len(errors) - 1} more bad records" if len(errors) > 1 else ""
-        problem = f"{first.problem}{more} (--skip-bad-records leaves bad records out)"
+        problem = f"{first.problem}{more} (env.settings.skip_bad_records leaves bad records out)"
         raise RecordError(problem, file=first.file, line=first.line, record=first.record, field=first.field)
     if not records:
         raise ValueError(f"{path}: no record" + (f" left, all {len(errors)} are bad" if errors else ""))

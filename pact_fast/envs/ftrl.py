@@ -17,13 +17,13 @@ from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.formats import THINK_CLOSE
 from pact_fast.data.records import Record
 from pact_fast.data.traces import Call, trace_from_calls
+from pact_fast.envs.answers import answers_of
 from pact_fast.envs.base import Outcome
 from pact_fast.envs.call_matching import REWARDS
 from pact_fast.envs.python_tools import (
     PythonToolsEnv,
     PythonToolsSettings,
     SourceEpisode,
-    answers_of,
     check_settings,
     solve_scores,
 )
@@ -69,7 +69,7 @@ class FtrlEnv(PythonToolsEnv):
         return record
 
     def _read(self, path: Path) -> list[Record]:
-        records = [self._prepare(record) for record in super()._read(path)]
+        records = self._prepared(super()._read(path))
         good, bad = [], []
         for record in records:
             try:

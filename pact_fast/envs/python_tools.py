@@ -17,15 +17,15 @@ import json
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pact_fast.data.chat import AssistantTurn, ToolCall
-from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, load_records
+from pact_fast.envs.answers import KNOWN, answers_of, bad_field, check_source, decoded, gold_answers
 from pact_fast.envs.base import Episode, Outcome, StepResult, reply_or_end
 from pact_fast.envs.call_matching import (
     REWARDS,
@@ -38,8 +38,6 @@ from pact_fast.envs.call_matching import (
 )
 from pact_fast.envs.plugins import CallMade, RewardInput, is_path, load_reward, score
 from pact_fast.envs.sandbox.sandbox import CallResult, Program, Sandbox, SandboxCall
-
-KNOWN = ("codes", "answer", "unsolved_set", "ground_truth")  # fields that this module and its heirs read
 
 RENDER = """
 def render_result(name, arguments):
@@ -63,6 +61,7 @@ class PythonToolsSettings:
     """
 
     train_path: str | None = None
+    skip_bad_records: bool = False  # leave bad ones out, with a warning each, instead of refusing the file
     validation_path: str | None = None  # None: drawn from the training file
     test_path: str | None = None
     validation_tasks: int = 32  # drawn from the training file where validation_path is None
@@ -182,12 +181,29 @@ class PythonToolsEnv:
             raise ValueError(f"env.{self.name}.{key}: is not set, give the file of records")
         self.sandbox.admit_untrusted()  # said before a model is trained, not at its first call
         if path not in self._files:
-            self._files[path] = [self._prepare(r) for r in self._read(Path(path))]
+            self._files[path] = self._prepared(self._read(Path(path)))
             warn_of_tools_that_cannot_run(path, self._files[path], self.packages)
         return self._files[path]
 
     def _read(self, path: Path) -> list[Record]:
-        return load_records(path, require_trace=False).records
+        loaded = load_records(path, require_trace=False, skip_bad=self.settings.skip_bad_records)
+        for error in loaded.skipped:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+        return loaded.records
+
+    def _prepared(self, records: Sequence[Record]) -> list[Record]:
+        """Those that this environment can play; a bad one is an error, or is left out where that is asked."""
+        good = []
+        for record in records:
+            try:
+                good.append(self._prepare(record))
+            except ValueError as error:
+                if not self.settings.skip_bad_records:
+                    raise
+                warnings.warn(f"left out: {error}", stacklevel=2)
+        if records and not good:
+            raise ValueError(f"{records[0].source}: no record is left, all {len(records)} are bad")
+        return good
 
     def _prepare(self, record: Record) -> Record:
         """The record, its fields for this environment decoded (in place) and checked; twice does no harm."""
@@ -420,71 +436,3 @@ def solve_scores(episode: SourceEpisode) -> dict[str, float]:
         "solve_r": solved / total,
         "solve_f1": 2 * solved / (calls + total),
     }
-
-
-def decoded(record: Record, key: str, required: bool) -> Any:
-    """A field of `env` that files hold as JSON text or as an object. Raises ValueError naming file, record,
-    field."""
-    value = record.env.get(key)
-    if value is None and not required:
-        return None
-    if value is None:
-        near = difflib.get_close_matches(key, [k for k in record.env if k not in KNOWN], 1)
-        bad_field(record, key, "is missing" + (f"; found {near[0]!r}: misspelt?" if near else ""))
-    if isinstance(value, str):
-        try:
-            value = read_json(value)
-        except ValueError as error:
-            bad_field(record, key, f"is text but not JSON: {error}")
-    if not isinstance(value, Mapping):
-        bad_field(record, key, f"must be an object, got {type(value).__name__}")
-    return value
-
-
-def gold_answers(record: Record, key: str, value: Any) -> list[str]:
-    """Gold answers as texts: a text or a number is one, a list holds several. ValueError for anything else,
-    and for an answer without text, which every output would hold."""
-    answers = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, bool) or not isinstance(item, str | int | float):
-            bad_field(record, key, f"must be text, a number or a list of them, got {item!r:.80}")
-        text = str(item)
-        if not text.replace(",", "").strip():
-            bad_field(record, key, "is empty: every output would hold it")
-        answers.append(text)
-    if not answers:
-        bad_field(record, key, "is an empty list")
-    return answers
-
-
-def answers_of(record: Record) -> list[str]:
-    """The alternatives of the record's gold answer; empty without one."""
-    value = record.env.get("answer")
-    return [] if value is None else gold_answers(record, "answer", value)
-
-
-def check_source(record: Record, name: str, source: Any) -> None:
-    """ValueError unless `source` is Python that binds `name` at its top level."""
-    if not isinstance(source, str):
-        bad_field(record, f"codes.{name}", f"must be Python source, got {type(source).__name__}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in other people's strings
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        bad_field(record, f"codes.{name}", f"is not Python: {error}")
-    if not any(name in _bound_names(node) for node in ast.walk(tree)):
-        bad_field(record, f"codes.{name}", f"defines no function {name!r}")
-
-
-def _bound_names(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        yield node.name
-    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        yield node.id
-    elif isinstance(node, ast.alias):
-        yield node.asname or node.name
-
-
-def bad_field(record: Record, key: str, problem: str) -> NoReturn:
-    raise ValueError(f"{record.source}: record {record.id!r}: {key}: {problem}")

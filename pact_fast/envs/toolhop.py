@@ -16,12 +16,12 @@ from typing import Any
 from pact_fast.data.chat import AssistantTurn, ToolCall
 from pact_fast.data.reading import read_json
 from pact_fast.data.records import Record, parse_record
+from pact_fast.envs.answers import answers_of
 from pact_fast.envs.base import Outcome
 from pact_fast.envs.python_tools import (
     PythonToolsEnv,
     PythonToolsSettings,
     SourceEpisode,
-    answers_of,
     check_settings,
     matches,
 )

@@ -167,7 +167,7 @@ def test_bad_record_names_file_line_record_and_field(tmp_path, edit, field, prob
     error = caught.value
     assert (error.file, error.line, error.record, error.field) == (str(path), 2, "one", field)
     assert str(error).startswith(f"{path}:2: record 'one': {field}: ")
-    assert "--skip-bad-records" in str(error)
+    assert "env.settings.skip_bad_records" in str(error)
 
 
 def test_skip_bad_records_counts_and_lists_each(tmp_path):

@@ -109,3 +109,25 @@ def test_without_sub_answers_there_is_no_share_of_them(tmp_path):
     outcome = play(write(tmp_path / "t.jsonl", answer="250"), "No idea.")
     assert outcome.reward == 0.0
     assert outcome.scores == {"answer": 0.0}
+
+
+def test_bad_records_are_left_out_where_that_is_asked(tmp_path):
+    path = tmp_path / "t.jsonl"
+    write(path, answer="250")
+    good = path.read_text()
+    bad = [
+        good.replace('"250"', '""'),
+        "{not json}\n",
+        good.replace('"a"', '"c"').replace("def price", "def cost"),
+    ]
+    path.write_text(bad[0].replace('"a"', '"b"') + good + bad[1] + bad[2])
+    settings = {"test_path": str(path), "workers": 1, "skip_bad_records": True}
+    with closing(make_env("python", settings)) as env, pytest.warns(UserWarning, match="left out"):
+        assert [record.id for record in env.records("test")] == ["a"]
+    path.write_text(bad[0])
+    with (
+        closing(make_env("python", settings)) as env,
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="no record is left"),
+    ):
+        env.records("test")
