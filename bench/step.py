@@ -18,8 +18,9 @@ import torch
 from bench.rows import LOCAL, OUT_HELP, Rows
 from bench.runner import timings
 from pact_fast.config import load_config
-from pact_fast.train.batch import Sample, pack_losses
+from pact_fast.train.batch import pack_losses
 from pact_fast.train.rollouts import batch_records
+from pact_fast.train.samples import Sample
 from pact_fast.train.trainer import Trainer
 
 PACKINGS = ("tree", "none")

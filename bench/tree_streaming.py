@@ -12,7 +12,8 @@ from bench.runner import DEVICE, DTYPE, GPU, memory, reason, timings
 from bench.tree_model import check_equal, make_model
 from pact_fast import Policy
 from pact_fast.objective import ObjectiveConfig
-from pact_fast.train.batch import Sample, pack_losses
+from pact_fast.train.batch import pack_losses
+from pact_fast.train.samples import Sample
 
 WAYS = ("stream", "recompute")
 

@@ -29,7 +29,7 @@ from pact_fast.keys import (
     key,
     out_of_bounds,
 )
-from pact_fast.objective import ADVANTAGE_MODES, NORMALIZATIONS, PRESETS, ObjectiveConfig
+from pact_fast.objective import PRESETS, ObjectiveConfig, objective_problems
 
 BUNDLED = Path(__file__).parent / "configs"  # a link to configs/, which the wheel holds as files
 
@@ -424,21 +424,8 @@ def _problems(config: Config) -> Iterator[tuple[str, object, str]]:
 def _combinations(config: Config) -> Iterator[tuple[str, object, str]]:
     """What is wrong with values that are fine one by one: key, its value, what to give."""
     o, t, r = config.objective, config.train, config.rollout
-    if o.advantages not in ADVANTAGE_MODES:
-        yield "objective.advantages", o.advantages, f"one of {', '.join(ADVANTAGE_MODES)}"
-    if o.normalization not in NORMALIZATIONS:
-        yield "objective.normalization", o.normalization, f"one of {', '.join(NORMALIZATIONS)}"
-    if (o.reasoning_anneal == "sequence") != (o.call_anneal == "sequence"):
-        want = "sequence to both reasoning_anneal and call_anneal, or to none: it anneals both as one"
-        yield "objective.call_anneal", o.call_anneal, want
-    if o.trace_answer and o.rl_context == "trace" and o.trace_context == "concat":
-        want = "false with trace_context=concat: a rollout's first turn cannot follow an answer"
-        yield "objective.trace_answer", o.trace_answer, want
-    if (o.mu_start is None) != (o.mu_end is None):
-        yield "objective.mu_end", o.mu_end, "both mu_start and mu_end, or none"
-    if o.importance_ratio_cap is not None and o.ratio_denominator == "rollout":
-        want = "none with ratio_denominator=rollout: that ratio has the engine's log-probs in it already"
-        yield "objective.importance_ratio_cap", o.importance_ratio_cap, want
+    for name, value, want in objective_problems(o):
+        yield f"objective.{name}", value, want
     if r.overlap and o.importance_ratio_cap is None and o.ratio_denominator == "context":
         want = (
             "a cap (2, say) with rollout.overlap, whose rollouts are drawn with weights one step old; or "
@@ -447,17 +434,13 @@ def _combinations(config: Config) -> Iterator[tuple[str, object, str]]:
         yield "objective.importance_ratio_cap", o.importance_ratio_cap, want
     if (r.engine == "http") != bool(r.servers) or not all(map(_is_url, r.servers)):
         yield "rollout.servers", r.servers, "[http://HOST:PORT, ...] with rollout.engine=http, and only then"
-    # What trains nothing.
     has_rl, has_sft = o.rl_context != "none", o.sft_targets != "none" and o.sft_end > 0
-    if not has_rl and not has_sft:
-        yield "objective.sft_targets", o.sft_targets, "a term to train: rl_context is none, too"
-    if has_rl and not has_sft and r.num_generations == 1:
+    alone = r.num_generations == 1
+    if has_rl and not has_sft and alone and o.distillation == "none":
         want = "2 or more: the advantage of a rollout alone in its group is 0, and there is no SFT term"
         yield "rollout.num_generations", r.num_generations, want
-    if has_sft and not has_rl and not o.sft_weight and o.mu_start is None:
-        yield "objective.sft_weight", o.sft_weight, "a weight above 0: it is the only term"
-    if has_rl and o.rl_start >= 1 and not has_sft:
-        yield "objective.rl_start", o.rl_start, "a share below 1: the policy term, the only one, never starts"
+    if alone and o.shows_privileged and (o.privileged == ["peer"] or o.contrast == "peer"):
+        yield "rollout.num_generations", r.num_generations, "2 or more: a rollout alone has no peer"
     if t.warmup_steps >= t.max_steps and t.warmup_steps:
         yield "train.warmup_steps", t.warmup_steps, f"fewer than train.max_steps={t.max_steps}"
     if t.num_mini_batches > t.prompts_per_step:

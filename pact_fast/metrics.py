@@ -41,9 +41,10 @@ class Metric:
 
 # Names follow TRL's where TRL has one; what only PACT has stands under pact/.
 METRICS: dict[str, Metric] = {
-    "loss": Metric("total loss: policy_loss + beta_SFT * sft_loss (+ router_loss)"),
+    "loss": Metric("total loss: policy_loss + beta_SFT * sft_loss (+ distill_loss, router_loss)"),
     "policy_loss": Metric("clipped surrogate of the rollouts (with KL and entropy terms where on)"),
     "sft_loss": Metric("component-weighted cross-entropy of the expert trace"),
+    "distill_loss": Metric("divergence of y under x from y under c, weighted and clipped"),
     "router_loss": Metric(
         "auxiliary loss of expert routers, with its coefficient, where the model asks for it"
     ),
@@ -80,6 +81,14 @@ METRICS: dict[str, Metric] = {
     "pact/trace_gain": Metric("mean of log pi(y|x,h) - log pi(y|x) over sampled tokens", "nats"),
     "pact/trace_gain_positive": Metric("trace_gain over tokens of positive advantage", "nats"),
     "pact/trace_gain_negative": Metric("trace_gain over tokens of negative advantage", "nats"),
+    "pact/context_share": Metric("share of rollouts that have a privileged context", "share"),
+    "pact/context_words": Metric("share of the rollouts' words that stand in c and not in x", "share"),
+    "pact/divergence": Metric(
+        "mean divergence of pi(.|x) from pi(.|c) over y; sampled: log-prob gap", "nats"
+    ),
+    "pact/divergence_wrong": Metric("the same to wrong contexts, by sampled tokens", "nats"),
+    "pact/divergence_clipped": Metric("share of positions whose divergence is over the clip", "share"),
+    "pact/gap": Metric("mean gap that sampled tokens learn by (objective.distillation)", "nats"),
     "pact/context_transfer": Metric("cosine of the policy gradients under (x,h) and under x, same rollouts"),
     "pact/context_transfer_positive": Metric("context_transfer of tokens of positive advantage"),
     "pact/context_transfer_negative": Metric("context_transfer of tokens of negative advantage"),

@@ -131,10 +131,15 @@ class ChatFormat:
     # -- building --------------------------------------------------------------------------------------------
 
     def prompt(
-        self, messages: Sequence[Mapping], tools: Sequence[Mapping], *, privileged: str | None = None
+        self,
+        messages: Sequence[Mapping],
+        tools: Sequence[Mapping],
+        *,
+        privileged: str | None = None,
+        note: str | None = None,
     ) -> Tokens:
         """Tokens of x, or of c(x,h) with `privileged` = h as text, up to and with the first generation
-        header.
+        header. `note`: plain text instead, as it is and without markup.
 
         The privileged text goes to the end of the last user message and is tokenised apart, so that x and
         c(x,h) share every token up to there.
@@ -162,7 +167,9 @@ class ChatFormat:
         # Some templates open the thinking block themselves; here the model does, and it is trained on it.
         after = after[: end + len(header)]
         texts = [before, after]
-        if privileged is not None:
+        if note is not None:
+            texts.insert(1, self._spelt(note))
+        elif privileged is not None:
             texts.insert(1, self.privileged_template.replace("{trace}", privileged))
         tokens = Tokens()
         for i, part in enumerate(texts):

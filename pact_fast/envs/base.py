@@ -55,7 +55,8 @@ class Outcome:
     name, the number of calls made, and for an unsolved task one of FAILURE_KINDS.
 
     turn_rewards: of each turn, in the place of what `step` gave, where a turn's reward is known at the end
-    alone."""
+    alone. feedback: what there is to say about the attempt, for methods that learn from it
+    (`objective.privileged`)."""
 
     reward: float
     solved: bool
@@ -63,6 +64,27 @@ class Outcome:
     calls: int = 0
     failure: str | None = None
     turn_rewards: tuple[float, ...] | None = None
+    feedback: str | None = None
+
+
+FEEDBACK = {  # of FAILURE_KINDS, where the environment says nothing of its own
+    "no_call": "it answered without calling a tool.",
+    "unknown_tool": "it called a tool that there is none of.",
+    "bad_arguments": "it called a tool with arguments that the tool does not take.",
+    "tool_error": "a tool that it called failed.",
+    "wrong_answer": "its final answer was wrong.",
+    "turn_limit": "it did not come to an answer in the turns that there are.",
+    "length_limit": "it did not come to an answer in the tokens that there are.",
+    "unreadable": "it wrote what could not be read.",
+}
+
+
+def feedback_of(outcome: Outcome) -> str | None:
+    """What the environment says of an attempt, else a sentence on the kind of failure; None of a solved one
+    without a word of its own."""
+    if outcome.feedback is not None or outcome.solved:
+        return outcome.feedback
+    return FEEDBACK.get(outcome.failure or "wrong_answer")
 
 
 @dataclass

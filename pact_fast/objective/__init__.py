@@ -6,7 +6,9 @@ Every training method is a choice of these weights over the same packed pass (ar
 
 from pact_fast.objective.advantages import ADVANTAGE_MIXES, ADVANTAGE_MODES, group_advantages, turn_advantages
 from pact_fast.objective.anchoring import anchor_mask
-from pact_fast.objective.presets import PRESETS, ObjectiveConfig
+from pact_fast.objective.checks import objective_problems
+from pact_fast.objective.distillation import distillation_strength, shaped_advantages, token_gaps
+from pact_fast.objective.presets import PRESETS, SOURCES, ObjectiveConfig
 from pact_fast.objective.schedules import (
     Schedule,
     SFTStrength,
@@ -27,17 +29,22 @@ __all__ = [
     "ADVANTAGE_MODES",
     "NORMALIZATIONS",
     "PRESETS",
+    "SOURCES",
     "ObjectiveConfig",
     "SFTStrength",
     "Schedule",
     "anchor_mask",
     "chord_mu",
+    "distillation_strength",
     "group_advantages",
+    "objective_problems",
     "policy_token_weight",
     "reasoning_level",
     "sft_strength",
     "sft_token_strengths",
     "sft_token_weights",
+    "shaped_advantages",
+    "token_gaps",
     "tool_call_scale",
     "turn_advantages",
 ]

@@ -137,12 +137,14 @@ class Schedule:
     def advantages(
         self, rewards: Sequence[float], turn_rewards: Sequence[Sequence[float]], group: int
     ) -> list[Tensor]:
-        """Per rollout, one advantage per turn; `group` rollouts of a draw lie beside each other."""
+        """Per rollout, one advantage per turn, times `reward_weight`; `group` rollouts of a draw lie beside
+        each other."""
         o = self.objective
         # A record may be drawn twice in a step: a group is one draw of it.
         groups = [i // group for i in range(len(rewards))]
         if o.advantages == "turn":
             gamma, mix = o.turn_discount, o.advantage_mix
-            return turn_advantages(turn_rewards, rewards, groups, gamma=gamma, mix=mix)
-        values = group_advantages(rewards, groups, mode=o.advantages)
+            turns = turn_advantages(turn_rewards, rewards, groups, gamma=gamma, mix=mix)
+            return [o.reward_weight * value for value in turns]
+        values = o.reward_weight * group_advantages(rewards, groups, mode=o.advantages)
         return [value.expand(len(turns)) for value, turns in zip(values, turn_rewards, strict=True)]

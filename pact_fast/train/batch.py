@@ -1,218 +1,31 @@
-"""From rollouts and traces to loss rows: which sequences a step scores, and each token's weight.
+"""From weighted sequences to the loss of one pack after another.
 
-All normalisation is in the weights, from global counts, before anything is packed: the loss does not depend
-on how the samples are cut into packs, micro-batches or ranks (docs/method.md, "The loss of a step").
+All normalisation is in the weights (train/samples.py): the loss does not depend on how the samples are cut
+into packs, micro-batches or ranks (docs/method.md, "The loss of a step").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pact_fast.config import ObjectiveConfig
-from pact_fast.data.chat import ChatFormat, Tokens
-from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded
-from pact_fast.objective import (
-    SFTStrength,
-    policy_token_weight,
-    sft_token_strengths,
-    sft_token_weights,
-)
 from pact_fast.ops import PactLossOutput, linear_pact_loss
-from pact_fast.rollout import Rollout
+from pact_fast.train.distill import pack_distillation
 from pact_fast.train.forwards import in_part, plan_forwards, rounds_of
+from pact_fast.train.samples import Sample
+from pact_fast.train.teacher import Teacher
 from pact_fast.tree.families import attention_pairs
 from pact_fast.tree.packing import TreePack, pack_linear, pack_tree
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.router import RouterLoad, balance_loss, first_uses
 from pact_fast.tree.streaming import Part, Prefix
-
-T = TypeVar("T")
-
-
-@dataclass
-class Sample:
-    """One sequence and what it contributes. Every tensor is [L], aligned with `ids`; entry p speaks of
-    predicting ids[p] from the tokens before it. A sample is either a rollout (policy_weight) or a trace
-    (sft_weight)."""
-
-    record_id: str
-    ids: Tensor
-    policy_weight: Tensor
-    advantages: Tensor
-    sft_weight: Tensor
-    old_logprobs: Tensor | None = None
-    engine_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    prompt_only: bool = False
-
-    @property
-    def is_policy(self) -> bool:
-        return self.engine_logprobs is not None
-
-    def live(self) -> Tensor:
-        """Positions with a loss term."""
-        return ((self.policy_weight != 0) | (self.sft_weight != 0)).nonzero()[:, 0]
-
-
-def _made_once(made: dict[int, tuple[Record, T]], record: Record, make: Callable[[], T]) -> T:
-    """What was made of this very record, or is now; the record is kept, so that its id stays its own."""
-    if id(record) not in made:
-        made[id(record)] = record, make()
-    return made[id(record)][1]
-
-
-class SampleBuilder:
-    """Builds the samples of a step; the token form of prompts and traces is made once a record and kept."""
-
-    def __init__(self, chat: ChatFormat, objective: ObjectiveConfig, max_completion_length: int) -> None:
-        self.chat, self.objective, self.max_length = chat, objective, max_completion_length
-        # By the record itself: ids are unique in a split, two files may well have the same ones.
-        self._prompts: dict[int, tuple[Record, Tokens]] = {}
-        self._traces: dict[int, tuple[Record, Tokens]] = {}
-        self._privileged: dict[int, tuple[Record, list[int]]] = {}
-
-    def prompt(self, record: Record) -> Tokens:
-        """Tokens of x."""
-        return _made_once(self._prompts, record, lambda: self.chat.prompt(record.prompt, record.tools))
-
-    def privileged_prompt(self, record: Record) -> list[int]:
-        """Token ids of c(x, h)."""
-        return _made_once(self._privileged, record, lambda: self._context(record))
-
-    def _context(self, record: Record) -> list[int]:
-        messages = self.shown_trace(record)
-        if self.objective.trace_context == "message":
-            text = self.chat.render_trace(messages, observations=self.objective.trace_observations)
-            return self.chat.prompt(record.prompt, record.tools, privileged=text).ids
-        # h ends on a tool response (or a request), and so on the header that the rollout's first turn
-        # follows.
-        return (self.prompt(record) + self.chat.trace(messages)).ids
-
-    def shown_trace(self, record: Record) -> list[dict]:
-        """The messages of h: what of the expert's trace the objective lets through."""
-        o, messages = self.objective, list(record.expert_trace)
-        last = messages[-1] if messages else {"role": None}
-        if not o.trace_answer and last["role"] == "assistant" and not last.get("tool_calls"):
-            messages = messages[:-1]
-        shown = []
-        for message in messages:
-            if message["role"] == "tool" and not o.trace_observations:
-                message = {**message, "content": ""}
-            elif message["role"] == "assistant" and not (o.trace_reasoning and o.trace_calls):
-                left_out = [("reasoning_content", "", o.trace_reasoning), ("tool_calls", [], o.trace_calls)]
-                message = message | {key: empty for key, empty, kept in left_out if not kept}
-            shown.append(message)
-        return shown
-
-    def trace(self, record: Record) -> Tokens:
-        """x + h as one token sequence with components."""
-        return _made_once(
-            self._traces, record, lambda: self.prompt(record) + self.chat.trace(self.shown_trace(record))
-        )
-
-    def rollout_samples(
-        self,
-        rollouts: Sequence[Rollout],
-        advantages: Sequence[Tensor],
-        anchored: dict[str, bool],
-        scale: float,
-        group: int,
-    ) -> list[Sample]:
-        """One sample a rollout, under c(x,h) or, where its prompt is anchored, under x.
-
-        Args:
-            rollouts: of a mini-batch, the `group` ones of a prompt beside each other.
-            advantages: per rollout, one value a turn.
-            anchored: per record id, whether the prompt-only ratio stands in for the trace-conditioned one.
-            scale: factor on the whole policy term (1, or 1 - mu).
-        """
-        counts = [r.num_sampled for r in rollouts]
-        in_context = self.objective.ratio_denominator == "context"
-        under_x = self.objective.rl_context != "trace"
-        samples = []
-        for i, (rollout, advantage) in enumerate(zip(rollouts, advantages, strict=True)):
-            record = rollout.record
-            prompt_only = under_x or anchored[record.id]
-            head = rollout.prompt.ids if prompt_only else self.privileged_prompt(record)
-            first = i - i % group
-            weight = scale * policy_token_weight(
-                self.objective.normalization,
-                counts[i],
-                total_tokens=sum(counts),
-                num_sequences=len(rollouts),
-                max_length=self.max_length,
-                prompt_tokens=sum(counts[first : first + group]),
-                num_prompts=len(rollouts) // group,
-            )
-            start = len(head)
-            ids = torch.tensor([*head, *rollout.token_ids])
-            policy_weight, values, engine = torch.zeros(3, len(ids))
-            policy_weight[start:] = torch.tensor(rollout.sampled).float() * weight
-            values[start:] = advantage[torch.tensor(rollout.turns)]
-            engine[start:] = torch.tensor(rollout.logprobs)
-            samples.append(
-                Sample(
-                    record.id,
-                    ids,
-                    policy_weight,
-                    values,
-                    torch.zeros(len(ids)),
-                    old_logprobs=None if in_context else engine,
-                    engine_logprobs=engine,
-                    prompt_only=prompt_only,
-                )
-            )
-        return samples
-
-    def trace_samples(
-        self, records: Sequence[Record], strength: SFTStrength, scale: float, anchored: dict[str, bool]
-    ) -> list[Sample]:
-        """One sample a record of the mini-batch that has an SFT term: teacher forcing of h after x.
-
-        Args:
-            anchored: per record id; such a record has no SFT term (unless `sft_on_anchored`) but counts as a
-                prompt of the batch.
-            scale: factor on the whole SFT term.
-        """
-        taught = [r for r in records if self.objective.sft_on_anchored or not anchored[r.id]]
-        tokens = [self.trace(r) for r in taught]
-        strengths = [sft_token_strengths(t.components, t.turns, t.levels, strength) for t in tokens]
-        weights = sft_token_weights(strengths, self.objective.sft_normalization, len(records))
-        return [
-            Sample(
-                record.id,
-                torch.tensor(t.ids),
-                torch.zeros(len(t)),
-                torch.zeros(len(t)),
-                w * scale,
-            )
-            for record, t, w in zip(taught, tokens, weights, strict=True)
-        ]
-
-
-def needed(sample: Sample, objective: ObjectiveConfig) -> bool:
-    """Whether a sample can change the loss or its gradient."""
-    if not sample.is_policy:
-        return bool((sample.sft_weight != 0).any())
-    if not objective.skip_zero_advantage or objective.entropy_coef or objective.beta:
-        return True
-    return bool(((sample.advantages != 0) & (sample.policy_weight != 0)).any())
-
-
-def trim(sample: Sample) -> Sample:
-    """Drops the tokens behind the last one with a loss term: they are predicted by nobody and seen by
-    nobody."""
-    live = sample.live()
-    end = int(live[-1]) + 1 if len(live) else 1
-    cut: dict[str, Any] = {k: v[:end] for k, v in vars(sample).items() if isinstance(v, Tensor)}
-    return replace(sample, **cut)
 
 
 @dataclass
@@ -225,6 +38,9 @@ class PackLoss:
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     output: PactLossOutput | None = None
     router_loss: Tensor | None = None  # part of `loss`; of models whose config asks for it
+    distill_loss: Tensor | None = None  # part of `loss`; where distributions are distilled
+    divergences: Tensor | None = None  # [pairs], before weight and clip
+    divergence_clip: float = float("inf")
 
     def policy_rows(self) -> Tensor:
         """bool [rows of output]: those of rollouts; the others are of traces."""
@@ -247,6 +63,7 @@ def pack_losses(
     prefix: str = "auto",
     impl: str = "auto",
     sharded: Sharded | None = None,
+    teacher: Teacher | None = None,
 ) -> Iterator[PackLoss]:
     """Yields the loss of one pack after another; call backward on each before taking the next.
 
@@ -259,17 +76,23 @@ def pack_losses(
         prefix: of a record whose tree is over the budget: "stream", "recompute" or "auto" (`plan_forwards`).
         sharded: with several ranks each takes its share of the packs, equally many: where they do not go
             round, a rank gets an empty one, whose loss and gradient are exactly zero.
+        teacher: weights that read the contexts of samples whose distributions are distilled; None: the
+            policy's own, in the same pass.
     """
-    tree = packing == "tree"
-    plan, streamed = plan_forwards(policy.family, samples, token_budget, share=tree, prefix=prefix)
+    tree, live = packing == "tree", teacher is None
+    plan, streamed = plan_forwards(
+        policy.family, samples, token_budget, share=tree, prefix=prefix, live_teacher=live
+    )
     rounds = rounds_of(streamed, sharded)
     if sharded is not None:
         plan = sharded.world.rounds("update", plan, [])
     backwards = len(plan) + sum(len(split.parts) + 1 for _, split in rounds)
 
     def lay_out(indices: Sequence[int]) -> TreePack:
-        ids = [samples[i].ids for i in indices] or [torch.zeros(1, dtype=torch.int64)]
-        return (pack_tree if tree else pack_linear)(ids)
+        ids = [samples[i].ids for i in indices]
+        if live:
+            ids += [samples[i].teacher_ids for i in indices if len(samples[i].distilled())]
+        return (pack_tree if tree else pack_linear)(ids or [torch.zeros(1, dtype=torch.int64)])
 
     def run(compute: Callable[[], Tensor], *, last: bool | None = None) -> Tensor:
         """Where the head's weight is whole; `last`: whether the backward of what comes out is the last."""
@@ -283,11 +106,20 @@ def pack_losses(
     if plan and policy.family.router_coef:
         balance = _Balance.of(policy, samples, plan, lay_out, sharded)
     loss = partial(_rows_loss, policy, objective, impl)
+    distill = partial(
+        pack_distillation,
+        policy,
+        objective=objective,
+        temperature=temperature,
+        impl=impl,
+        teacher=teacher,
+    )
     for number, indices in enumerate(plan):
         chosen = [samples[i] for i in indices]
         pack = lay_out(indices)
         out = PackLoss.of(policy, pack, chosen)
-        compute = partial(_pack_loss, policy, pack, loss, out, temperature, balance, indices)
+        out.divergence_clip = objective.distillation_clip or out.divergence_clip
+        compute = partial(_pack_loss, policy, pack, loss, distill, out, temperature, balance, indices)
         out.loss = run(compute, last=number == backwards - 1)
         yield out
     done = len(plan)
@@ -364,19 +196,29 @@ def _pack_loss(
     policy: Policy,
     pack: TreePack,
     loss: Callable[..., list[Tensor]],
+    distill: Callable[..., tuple[Tensor, Tensor] | None],
     out: PackLoss,
     temperature: float,
     balance: _Balance | None,
     indices: Sequence[int],
 ) -> Tensor:
-    """Loss of one pack; its outputs and its part of the router's auxiliary loss, where `balance` is given, go
-    into `out`; `indices`: of the samples."""
+    """Loss of one pack; its outputs, what is distilled and its part of the router's auxiliary loss, where
+    `balance` is given, go into `out`; `indices`: of the samples."""
     rows = _loss_rows(pack, out.samples, temperature, policy.device)
     if balance is None:
-        return torch.stack(loss(rows, policy.hidden(pack), out)).sum()
-    hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
-    out.router_loss = policy.family.router_coef * balance_loss(load.probs, balance.counts, balance.routings)
-    return torch.stack([*loss(rows, hidden, out), out.router_loss]).sum()
+        hidden = policy.hidden(pack)
+    else:
+        hidden, load = policy.hidden_and_load(pack, balance.counted(pack, indices))
+        out.router_loss = policy.family.router_coef * balance_loss(
+            load.probs, balance.counts, balance.routings
+        )
+    parts = loss(rows, hidden, out)
+    if (taught := distill(hidden=hidden, pack=pack, samples=out.samples)) is not None:
+        parts.append(taught[0])
+        out.distill_loss, out.divergences = taught[0].detach(), taught[1]
+    if out.router_loss is not None:
+        parts.append(out.router_loss)
+    return torch.stack(parts).sum()
 
 
 def _part_loss(
@@ -438,7 +280,7 @@ def _loss_rows(
         for name in ("old_logprobs", "ref_logprobs")
         if any(s.is_policy and getattr(s, name) is not None for s in samples)
     ]
-    for sample, index in zip(samples, pack.token_index, strict=True):
+    for sample, index in zip(samples, pack.token_index, strict=False):  # teachers' sequences are behind
         live = sample.live()
         values = {"target": sample.ids[live], "row_index": index[live - 1]}
         for name in names:

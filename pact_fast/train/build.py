@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pact_fast.config import Config, ConfigError, DistributedConfig, LoraConfig, ModelConfig, TrainConfig
+from pact_fast.config import ConfigError, DistributedConfig, LoraConfig, ModelConfig, TrainConfig
 from pact_fast.distributed import Sharded, World
 from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.train.memory import choose_checkpointing, device_capacity
@@ -132,17 +131,6 @@ def build_policy(model: Any, config: ModelConfig, tokens: int, ranks: int = 1) -
         kernels=config.kernels,
         compile=config.compile,
     )
-
-
-def build_reference(policy: Policy, config: Config) -> Policy | None:
-    """The policy before training, for the KL penalty: a frozen copy, or under LoRA the policy itself, whose
-    adapters are switched off while it is scored. None without a penalty. Call before sharding."""
-    if not config.objective.beta:
-        return None
-    if config.lora.rank:
-        return policy
-    frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return build_policy(frozen, config.model, config.train.token_budget)
 
 
 def build_sharded(model: nn.Module, world: World, config: DistributedConfig) -> Sharded:

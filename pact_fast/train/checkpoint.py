@@ -83,14 +83,16 @@ class Checkpointer:
         *,
         score: float | None = None,
         wait: bool = False,
+        average: nn.Module | None = None,
     ) -> None:
         """Saves the state after `step` steps; returns once it is copied, the writing goes on behind.
 
         state: JSON values. score: held-out score, higher is better; marks the checkpoint to keep as best.
+        average: a moving average of the model, whose trained weights are kept, too.
         A save that fails (disk full) leaves the older checkpoints as they are and warns; `wait` raises it.
         """
         self._join(warn=True)
-        tensors = self._stager.stage(collect(model, optimizer))
+        tensors = self._stager.stage(collect(model, optimizer) | average_tensors(model, average))
         assert isinstance(tensors, dict)
         record = {"step": step, "score": score, "state": dict(state)}
         text, draws = json.dumps(record), json.dumps(generators())
@@ -242,10 +244,17 @@ class Checkpointer:
         scored = {path: score for path, score in scores.items() if score is not None}
         return max(scored, key=lambda path: scored[path]) if scored else None
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-        """Puts weights, optimizer state and random generators back; returns {"step", "score", "state"}."""
+    def load(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        average: nn.Module | None = None,
+    ) -> dict[str, Any]:
+        """Puts weights, optimizer state, average and random generators back; returns {"step", "score",
+        "state"}."""
         self._join(warn=True)
-        load_tensors(path, model, optimizer, distributed=self._distributed)
+        load_tensors(path, model, optimizer, average, distributed=self._distributed)
         draws = path / f"rank-{self.rank}.json"
         if draws.exists():  # more ranks than before: the new ones keep their own seeds
             set_generators(json.loads(draws.read_text()))
@@ -253,15 +262,23 @@ class Checkpointer:
 
 
 def load_tensors(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, distributed: bool = False
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    average: nn.Module | None = None,
+    *,
+    distributed: bool = False,
 ) -> None:
-    """Reads a checkpoint's tensors into the model (and optimizer), whatever number of ranks wrote them."""
+    """Reads a checkpoint's tensors into the model (and optimizer, and average where the checkpoint has one),
+    whatever number of ranks wrote them."""
     reader = dcp.HuggingFaceStorageReader(str(path))
     metadata: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     saved = {name: tuple(meta.size) for name, meta in metadata.items()}
     wanted = {f"model/{name}": tensor for name, tensor in model_tensors(model).items()}
     check_names(path, {n: s for n, s in saved.items() if n.startswith("model/")}, wanted)
     target: dict[str, Any] = dict(wanted)
+    if any(name.startswith("average/") for name in saved):
+        target |= average_tensors(model, average)
     if optimizer is not None:
         target |= empty_optimizer_state(path, metadata, model)
     with warnings.catch_warnings():
@@ -362,6 +379,14 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
     persistent = model.state_dict().keys()
     return tensors | {n: b for n, b in model.named_buffers() if n in persistent}
+
+
+def average_tensors(model: nn.Module, average: nn.Module | None) -> dict[str, Tensor]:
+    """Those of a moving average that belong to trained weights of the model; empty without one."""
+    if average is None:
+        return {}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {f"average/{n}": p.data for n, p in average.named_parameters() if n in trained}
 
 
 def empty_optimizer_state(path: Path, metadata: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

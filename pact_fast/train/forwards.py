@@ -17,22 +17,35 @@ from pact_fast.tree.packing import TreePack, pack_tree, plan_packs
 from pact_fast.tree.streaming import SplitTree, empty_part, empty_split, split_tree
 
 if TYPE_CHECKING:
-    from pact_fast.train.batch import Sample
+    from pact_fast.train.samples import Sample
 
 
 def plan_forwards(
-    family: Family, samples: Sequence[Sample], token_budget: int, *, share: bool = True, prefix: str = "auto"
+    family: Family,
+    samples: Sequence[Sample],
+    token_budget: int,
+    *,
+    share: bool = True,
+    prefix: str = "auto",
+    live_teacher: bool = True,
 ) -> tuple[list[list[int]], list[tuple[list[int], SplitTree]]]:
     """Samples of every pack, and of every record whose tree is streamed, with its trunk and parts.
 
     prefix: what happens to a record's tree over the budget: "recompute" cuts it and computes its shared
     prefix in every pack, "stream" (tree/streaming.py) computes it once, "auto" takes what needs fewer
-    operations.
+    operations. A record whose distributions are distilled is not streamed: student and teacher rows are
+    compared in one forward.
+    live_teacher: the teacher's sequences go through the same forward and count.
     """
     everyone = range(len(samples))
+    paired = {s.record_id for s in samples if len(s.distilled())}
+    if paired and prefix == "stream":
+        raise ValueError("train.prefix=stream: distributions are not distilled in streamed trees; use auto")
     streamed: list[tuple[list[int], SplitTree]] = []
     by_record: dict[str, list[int]] = {}
     for i in everyone if share and prefix != "recompute" else ():
+        if samples[i].record_id in paired:
+            continue
         by_record.setdefault(samples[i].record_id, []).append(i)
     for members in by_record.values():
         ids = [samples[i].ids for i in members]
@@ -54,7 +67,12 @@ def plan_forwards(
     gone = {i for members, _ in streamed for i in members}
     rest = [i for i in everyone if i not in gone]
     groups = [samples[i].record_id for i in rest]
-    plan = plan_packs([samples[i].ids for i in rest], token_budget, groups=groups, share=share)
+    partners = [
+        samples[i].teacher_ids if live_teacher and len(samples[i].distilled()) else None for i in rest
+    ]
+    plan = plan_packs(
+        [samples[i].ids for i in rest], token_budget, groups=groups, share=share, partners=partners
+    )
     return [[rest[i] for i in indices] for indices in plan], streamed
 
 

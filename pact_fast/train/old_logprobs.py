@@ -1,4 +1,4 @@
-"""Passes without gradient over a step's samples: old and reference log-probs, and what their gaps tell.
+"""Passes without gradient over a step's samples: old and reference log-probs, gaps between contexts.
 
 Everything here returns what it computed; the trainer puts it where it belongs.
 """
@@ -6,7 +6,6 @@ Everything here returns what it computed; the trainer puts it where it belongs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,9 @@ from torch import Tensor
 
 from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded, World
-from pact_fast.train.batch import Sample, SampleBuilder
+from pact_fast.objective import token_gaps
+from pact_fast.train.samples import Sample, SampleBuilder
+from pact_fast.train.teacher import Teacher
 from pact_fast.tree.policy import Policy
 from pact_fast.tree.scoring import sequence_logprobs
 
@@ -49,13 +50,7 @@ def score_contexts(
         records: by id, the records of all of them.
     """
     prompts = {s.record_id: torch.tensor(builder.prompt(records[s.record_id]).ids) for s in samples}
-    starts = [
-        len(prompts[s.record_id]) if s.prompt_only else len(builder.privileged_prompt(records[s.record_id]))
-        for s in samples
-    ]
-    bare = [
-        torch.cat([prompts[s.record_id], s.ids[start:]]) for s, start in zip(samples, starts, strict=True)
-    ]
+    bare = [torch.cat([prompts[s.record_id], s.ids[s.start :]]) for s in samples]
     scored = _spread_logprobs(
         policy,
         sharded or Sharded(policy.model, World()),
@@ -65,7 +60,8 @@ def score_contexts(
         token_budget=token_budget,
     )
     scores = []
-    for i, (sample, start) in enumerate(zip(samples, starts, strict=True)):
+    for i, sample in enumerate(samples):
+        start = sample.start
         prompt_only = scored[len(samples) + i][len(prompts[sample.record_id]) - 1 :]
         assert sample.engine_logprobs is not None
         scores.append(
@@ -73,7 +69,7 @@ def score_contexts(
                 start,
                 torch.cat([torch.zeros(1), scored[i]]),
                 prompt_only,
-                sample.policy_weight[start:] != 0,
+                sample.drawn()[start:],
                 prompt_only - sample.engine_logprobs[start:],
             )
         )
@@ -90,7 +86,7 @@ def importance_ratios(scores: ContextScores, cap: float) -> Tensor:
     return torch.cat([torch.ones(scores.start), ratios])
 
 
-def context_metrics(
+def score_metrics(
     samples: Sequence[Sample], scores: Sequence[ContextScores], cap: float | None = None
 ) -> dict[str, float]:
     """The gauges of a scoring pass; empty without policy samples.
@@ -119,27 +115,108 @@ def context_metrics(
     return row
 
 
+@dataclass(frozen=True)
+class TokenGaps:
+    """Of one sample that learns from contexts, [n] each, n = L - start: its gaps
+    (pact_fast.objective.distillation), log-probs under c by the teacher, under x by the policy, and under
+    wrong contexts on average; None where not asked for or not there. sampled: bool, tokens that count."""
+
+    gaps: Tensor
+    privileged: Tensor
+    prompt_only: Tensor | None
+    wrong: Tensor | None
+    sampled: Tensor
+
+
+@torch.no_grad()
+def score_gaps(
+    policy: Policy,
+    samples: Sequence[Sample],
+    *,
+    contrast: bool,
+    gauge: bool,
+    temperature: float,
+    token_budget: int,
+    sharded: Sharded | None = None,
+    teacher: Teacher | None = None,
+) -> list[TokenGaps]:
+    """How much likelier the tokens of each sample are under its contexts; with a live teacher in one pass.
+
+    Args:
+        samples: that have contexts (`Sample.contexts`, c among them).
+        contrast: gaps are to wrong contexts; 0 where a sample has none.
+        gauge: score the tokens under x even where no gap needs it.
+        teacher: weights that read c and wrong contexts; None: the policy's own.
+    """
+    own = sharded or Sharded(policy.model, World())
+    scoring: dict[str, Any] = {"temperature": temperature, "token_budget": token_budget}
+    read: list[tuple[int, Tensor]] = []  # sample, sequence that the teacher reads: c first
+    for i, sample in enumerate(samples):
+        assert sample.contexts is not None
+        assert sample.contexts.right is not None
+        read += [(i, sample.under(ids)) for ids in (sample.contexts.right, *sample.contexts.wrong)]
+    bare = [(i, s.ids) for i, s in enumerate(samples) if gauge or not contrast]
+    if teacher is None:
+        both = read + bare
+        names = [samples[i].record_id for i, _ in both]
+        scored = _spread_logprobs(policy, own, [ids for _, ids in both], names, **scoring)
+    else:
+        with teacher.reading():
+            names = [samples[i].record_id for i, _ in read]
+            scored = _spread_logprobs(
+                teacher.policy, teacher.sharded, [ids for _, ids in read], names, **scoring
+            )
+        names = [samples[i].record_id for i, _ in bare]
+        scored += _spread_logprobs(policy, own, [ids for _, ids in bare], names, **scoring)
+    under: list[list[Tensor]] = [[] for _ in samples]
+    for (i, _), logprobs in zip(read + bare, scored, strict=True):
+        under[i].append(logprobs[len(logprobs) - (len(samples[i].ids) - samples[i].start) :])
+    out = []
+    for sample, (right, *rest) in zip(samples, under, strict=True):
+        assert sample.contexts is not None
+        wrong, plain = rest[: len(sample.contexts.wrong)], rest[len(sample.contexts.wrong) :]
+        bare_logprobs = plain[0] if plain else None
+        if contrast and not wrong:
+            gaps = torch.zeros_like(right)
+        else:
+            gaps = token_gaps(right, bare_logprobs, wrong if contrast else [])
+        shown = torch.stack(wrong).mean(0) if wrong else None
+        out.append(TokenGaps(gaps, right, bare_logprobs, shown, sample.drawn()[sample.start :]))
+    return out
+
+
+def gap_metrics(found: Sequence[TokenGaps]) -> dict[str, float]:
+    """`pact/gap`: mean gap of the sampled tokens. `pact/divergence`, `pact/divergence_wrong`: mean of
+    log pi(y|x) - log pi(y|c) and of the same with wrong contexts, the sampled estimates of the reverse KL."""
+    if not found:
+        return {}
+    row = {"pact/gap": float(torch.cat([f.gaps[f.sampled] for f in found]).mean())}
+    for name, part in (("pact/divergence", "privileged"), ("pact/divergence_wrong", "wrong")):
+        gone = [
+            (f.prompt_only - getattr(f, part))[f.sampled]
+            for f in found
+            if f.prompt_only is not None and getattr(f, part) is not None
+        ]
+        if gone:
+            row[name] = float(torch.cat(gone).mean())
+    return row
+
+
 @torch.no_grad()
 def reference_logprobs(
-    reference: Policy,
+    reference: Teacher,
     samples: Sequence[Sample],
     *,
     temperature: float,
     token_budget: int,
-    sharded: Sharded | None = None,
 ) -> list[Tensor]:
-    """The reference's log-probs of policy samples, [L] each, under the context of the ratio; entry 0 is 0.
-
-    reference: the policy before training: a frozen copy, or a model whose adapters are switched off for this
-    pass.
-    """
+    """The reference's log-probs of policy samples, [L] each, under the context of the ratio; entry 0 is 0."""
     if not samples:
         return []
-    model: Any = reference.model
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+    with reference.reading():
         scored = _spread_logprobs(
-            reference,
-            sharded or Sharded(model, World()),
+            reference.policy,
+            reference.sharded,
             [s.ids for s in samples],
             [s.record_id for s in samples],
             temperature=temperature,

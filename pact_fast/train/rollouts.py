@@ -13,7 +13,8 @@ from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded
 from pact_fast.envs.base import ToolEnv
 from pact_fast.rollout import Engine, Rollout, RolloutLimits, sample_share, spread_rollouts
-from pact_fast.train.batch import SampleBuilder
+from pact_fast.train.contexts import hint_of
+from pact_fast.train.samples import SampleBuilder
 
 
 class StepSampler:
@@ -65,7 +66,7 @@ def load_split(config: Config, env: ToolEnv, builder: SampleBuilder, split: str)
     """The environment's records of "train", "validation" or "test".
 
     Raises ValueError where a record's prompt (with the trace, in training) is past
-    `rollout.max_prompt_length`, or the split is empty.
+    `rollout.max_prompt_length`, its hint is no text, or the split is empty.
     """
     o, training = config.objective, split == "train"
     records = list(env.records(split))
@@ -78,8 +79,10 @@ def load_split(config: Config, env: ToolEnv, builder: SampleBuilder, split: str)
                 "anchors, packs and scores go by it, so it must be unique in a split"
             )
         longest = len(builder.prompt(record))
-        if training and o.rl_context == "trace":
+        if training and o.shows_privileged and "trace" in o.privileged:
             longest = len(builder.privileged_prompt(record))
+        if training and o.shows_privileged and "hint" in o.privileged:
+            hint_of(record)
         if training and o.sft_targets != "none":
             longest = max(longest, len(builder.trace(record)))
         if longest > limit:

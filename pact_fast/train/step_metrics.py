@@ -68,6 +68,11 @@ def pack_metrics(pack: PackLoss) -> dict[str, float]:
     }
     if pack.router_loss is not None:
         out["router_loss"] = float(pack.router_loss.detach())
+    if pack.distill_loss is not None and pack.divergences is not None:
+        out["distill_loss"] = float(pack.distill_loss)
+        out["pairs_compared"] = len(pack.divergences)
+        out["divergence"] = float(pack.divergences.sum())
+        out["over_clip"] = int((pack.divergences > pack.divergence_clip).sum())
     if pack.output is None:
         return out
     policy, logprobs = pack.policy_rows(), pack.output.logprobs.cpu()
@@ -106,6 +111,10 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     }
     if any("router_loss" in p for p in packs):
         row["router_loss"] = total("router_loss") / len(updates)
+    if total("pairs_compared"):
+        row["distill_loss"] = total("distill_loss") / len(updates)
+        row["pact/divergence"] = total("divergence") / total("pairs_compared")
+        row["pact/divergence_clipped"] = total("over_clip") / total("pairs_compared")
     if total("policy_rows"):
         row["policy_loss"] = total("policy_loss") / len(updates)
         row["kl"] = total("kl") / total("policy_weight")

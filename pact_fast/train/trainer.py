@@ -25,29 +25,25 @@ from pact_fast.files import write_json, writing
 from pact_fast.metrics import MetricsLogger, ProgressDisplay, check_trackers
 from pact_fast.objective import Schedule, SFTStrength
 from pact_fast.rollout import Overlap, Rollout, RolloutError, RolloutLimits, build_engine
-from pact_fast.train.batch import Sample, SampleBuilder, needed, pack_losses, trim
+from pact_fast.train.batch import pack_losses
 from pact_fast.train.build import (
     base_out_of_place,
     build_model,
     build_optimizer,
     build_policy,
-    build_reference,
-    build_sharded,
     device_of,
     set_threads,
 )
 from pact_fast.train.checkpoint import Checkpointer
-from pact_fast.train.old_logprobs import (
-    context_metrics,
-    importance_ratios,
-    reference_logprobs,
-    score_contexts,
-)
+from pact_fast.train.contexts import Contexts, context_metrics
+from pact_fast.train.distill import check_head
 from pact_fast.train.optimizer import learning_rate, set_learning_rate
 from pact_fast.train.preemption import Preempted, StopSignal
 from pact_fast.train.rollouts import StepSampler, load_split
 from pact_fast.train.run_folder import claim
 from pact_fast.train.run_lock import RunLock
+from pact_fast.train.samples import Sample, SampleBuilder, needed, trim
+from pact_fast.train.score import score_step
 from pact_fast.train.step_metrics import (
     Phases,
     Update,
@@ -57,6 +53,7 @@ from pact_fast.train.step_metrics import (
     speed,
     update_metrics,
 )
+from pact_fast.train.teacher import shard_policy
 from pact_fast.train.transfer import context_transfer, transfer_metrics
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "tokens_trained", "evaluated")
@@ -93,20 +90,24 @@ class Trainer:
         )
         self.env = make_env(config.env.name, config.env.settings)
         self.schedule = Schedule(config.objective, config.run.seed)
-        self.builder = SampleBuilder(self.chat, config.objective, config.rollout.max_completion_length)
-        splits = ("train", "validation", *(["test"] if config.eval.score_test else []))
-        self.splits = {split: load_split(config, self.env, self.builder, split) for split in splits}
-        self.records = self.splits["train"]
         self.limits = RolloutLimits(
             config.rollout.max_turns,
             config.rollout.max_completion_length,
             config.rollout.max_turn_length,
             getattr(self.model.config, "max_position_embeddings", None),
         )
-        self.reference = build_reference(self.policy, config)
-        self.sharded = self.reference_sharded = build_sharded(self.model, self.world, config.distributed)
-        if self.reference is not None and self.reference is not self.policy:
-            self.reference_sharded = build_sharded(self.reference.model, self.world, config.distributed)
+        self.builder = SampleBuilder(
+            self.chat,
+            config.objective,
+            config.rollout.max_completion_length,
+            max_prompt_length=config.rollout.max_prompt_length,
+            context_length=self.limits.context_length,
+        )
+        splits = ("train", "validation", *(["test"] if config.eval.score_test else []))
+        self.splits = {split: load_split(config, self.env, self.builder, split) for split in splits}
+        self.records = self.splits["train"]
+        check_head(self.policy.head, config.objective)
+        self.sharded, self.reference, self.teacher = shard_policy(self.policy, config, self.world)
         self.optimizer = build_optimizer(self.model, config.train, self.world)
         self.engine = build_engine(config.rollout, self.model, self.sharded, self.run_dir)
         self.sampler = StepSampler(
@@ -138,13 +139,16 @@ class Trainer:
             rollouts = self.rollout(records, step) if self.schedule.has_policy_term(progress) else []
         row = rollout_metrics(rollouts, config.rollout.num_generations)
         row |= self.overlap.metrics(step) if rollouts else {}
+        contexts = self.builder.contexts.of(rollouts, config.rollout.num_generations)
         anchored = self.schedule.anchored([r.id for r in records], step)
-        mini_batches = self.mini_batches(records, rollouts, anchored, strength, progress)
+        mini_batches = self.mini_batches(records, rollouts, anchored, strength, progress, contexts)
         several = config.train.num_mini_batches * config.train.num_iterations > 1
         gauge = bool(rollouts) and config.eval.gauge_every > 0 and step % config.eval.gauge_every == 0
         gauge |= row.get("pact/staleness", 0) > 0
+        if o.shows_privileged:
+            row |= context_metrics(contexts, rollouts, self.builder, words=gauge)
         with phases("score"):
-            row |= self.score(mini_batches, {r.id: r for r in records}, several or gauge)
+            row |= self.score(mini_batches, {r.id: r for r in records}, several or gauge, gauge)
             if config.eval.transfer_every and step % config.eval.transfer_every == 0:
                 row |= self.transfer(mini_batches, {r.id: r for r in records})
         updates = []
@@ -154,6 +158,8 @@ class Trainer:
                     updates.append(self.update(samples, step))
                     if len(updates) == 1 and (several or gauge) and o.ratio_denominator == "context":
                         self._check_first_update(updates[0])
+        if self.teacher is not None:
+            self.teacher.follow(self.model, step)
         row |= update_metrics(updates) | phases.finish()
         if rollouts:
             row["rollout_tokens_per_second"] = sum(r.num_sampled for r in rollouts) / row["time/rollout"]
@@ -171,31 +177,25 @@ class Trainer:
         return row | self.schedule.sft_metrics(progress)
 
     def score(
-        self, mini_batches: Sequence[Sequence[Sample]], records: dict[str, Record], old: bool
+        self,
+        mini_batches: Sequence[Sequence[Sample]],
+        records: dict[str, Record],
+        old: bool,
+        gauge: bool = False,
     ) -> dict[str, float]:
-        """The passes without gradient that this step needs: old log-probs and gauges, the reference's."""
-        o, cap = self.config.objective, self.config.objective.importance_ratio_cap
-        samples = [s for part in mini_batches for s in part if s.is_policy]
-        scoring: dict[str, Any] = {
-            "temperature": self.config.rollout.temperature,
-            "token_budget": self.config.train.token_budget,
-        }
-        row: dict[str, float] = {}
-        if samples and (old or cap is not None):
-            scores = score_contexts(
-                self.policy, self.builder, samples, records, sharded=self.sharded, **scoring
-            )
-            row = context_metrics(samples, scores, cap)
-            for sample, score in zip(samples, scores, strict=True):
-                if o.ratio_denominator == "context":
-                    sample.old_logprobs = score.in_context
-                if cap is not None:
-                    sample.advantages = sample.advantages * importance_ratios(score, cap)
-        if self.reference is not None:
-            found = reference_logprobs(self.reference, samples, sharded=self.reference_sharded, **scoring)
-            for sample, logprobs in zip(samples, found, strict=True):
-                sample.ref_logprobs = logprobs
-        return row
+        """The passes without gradient that this step needs; the samples are changed by what they give."""
+        return score_step(
+            self.policy,
+            self.builder,
+            [s for part in mini_batches for s in part if s.is_policy],
+            records,
+            self.config,
+            old=old,
+            gauge=gauge,
+            sharded=self.sharded,
+            reference=self.reference,
+            teacher=self.teacher,
+        )
 
     def transfer(
         self, mini_batches: Sequence[Sequence[Sample]], records: dict[str, Record]
@@ -230,9 +230,10 @@ class Trainer:
         anchored: dict[str, bool],
         strength: SFTStrength | None,
         progress: float,
+        contexts: Sequence[Contexts] | None = None,
     ) -> list[list[Sample]]:
         """Samples of every update: prompts dealt to the mini-batches in turn, weights from each one's own
-        counts."""
+        counts. contexts: of the rollouts; None looks for them here."""
         o, count = self.config.objective, self.config.train.num_mini_batches
         size = self.config.rollout.num_generations
         rewards = [r.outcome.reward for r in rollouts if r.outcome is not None]
@@ -248,6 +249,7 @@ class Trainer:
                     anchored,
                     self.schedule.rl_scale(progress),
                     size,
+                    None if contexts is None else [contexts[i] for i in rows],
                 )
             if strength is not None and records[part::count]:
                 samples += self.builder.trace_samples(
@@ -272,6 +274,7 @@ class Trainer:
             prefix=config.train.prefix,
             temperature=config.rollout.temperature,
             sharded=self.sharded,
+            teacher=self.teacher,
         ):
             pack.loss.backward()
             if pack.samples:
@@ -421,16 +424,21 @@ class Trainer:
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {"counters": counters, "base": base, "config": self.config.to_dict()}
         state["ahead"] = self.overlap.versions.get(step)
-        self.checkpoints.save(step, self.model, self.optimizer, state, score=score, wait=wait)
+        self.checkpoints.save(
+            step, self.model, self.optimizer, state, score=score, wait=wait, average=self._average()
+        )
         self.saved = step
         self.saving += time.perf_counter() - begin
+
+    def _average(self) -> torch.nn.Module | None:
+        return self.teacher.policy.model if self.teacher is not None and self.teacher.update_rate else None
 
     def resume(self) -> tuple[int, Any]:
         """Puts the newest whole checkpoint back -> (steps done, base scores); (0, None) without one."""
         path = self.checkpoints.latest()
         if path is None:
             return 0, None
-        record = self.checkpoints.load(path, self.model, self.optimizer)
+        record = self.checkpoints.load(path, self.model, self.optimizer, self._average())
         self.engine.weights_changed()
         vars(self).update(record["state"]["counters"])
         self.saved = record["step"]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pact_fast.config import ObjectiveConfig
 from pact_fast.data.records import Record
-from pact_fast.train.batch import Sample, SampleBuilder, pack_losses, trim
+from pact_fast.train.batch import pack_losses
 from pact_fast.train.old_logprobs import ContextScores, score_contexts
+from pact_fast.train.samples import Sample, SampleBuilder, trim
 from pact_fast.tree.policy import Policy
 
 Gradient = dict[str, Tensor]  # by parameter
@@ -132,7 +133,7 @@ def _under_x(sample: Sample, scores: ContextScores, prompt: Sequence[int]) -> Sa
         for name in ("policy_weight", "advantages", "sft_weight", "engine_logprobs")
     }
     ids = torch.cat([torch.tensor(list(prompt)), sample.ids[scores.start :]])
-    return replace(sample, ids=ids, prompt_only=True, **moved)
+    return replace(sample, ids=ids, prompt_only=True, start=len(prompt), **moved)
 
 
 def _gradient(

@@ -310,13 +310,15 @@ def plan_packs(
     *,
     groups: Sequence[Hashable] | None = None,
     share: bool = True,
+    partners: Sequence[Sequence[int] | torch.Tensor | None] | None = None,
 ) -> list[list[int]]:
     """Indices of `sequences` for each pack, so that each pack's tree has at most `token_budget` tokens.
 
     Sequences of one group (say, all of one prompt) stay together while they fit; a group that does not fit is
     cut along its tree, so that long shared prefixes are repeated as rarely as possible. A sequence longer
     than the budget gets a pack alone. `groups`: one key a sequence, None for a single group. `share=False`
-    counts tokens as `pack_linear` lays them out. Deterministic; the loss does not depend on the plan
+    counts tokens as `pack_linear` lays them out. `partners`: of each sequence another one, or None, that
+    goes into the same pack and counts. Deterministic; the loss does not depend on the plan
     (docs/method.md, "The loss of a step").
     """
     if token_budget < 1:
@@ -324,12 +326,16 @@ def plan_packs(
     if groups is not None and len(groups) != len(sequences):
         raise ValueError(f"groups has {len(groups)} keys for {len(sequences)} sequences; give one a sequence")
     arrays = [_as_array(sequence, s) for s, sequence in enumerate(sequences)]
+    others = [
+        None if partner is None else _as_array(partner, s)
+        for s, partner in enumerate(partners or [None] * len(arrays))
+    ]
     by_group: dict[Hashable, list[int]] = {}
     for s in range(len(arrays)):
         by_group.setdefault(groups[s] if groups is not None else None, []).append(s)
     pieces: list[tuple[list[int], int]] = []  # (members, tokens): what stays together
     for members in by_group.values():
-        pieces += _cut(arrays, members, token_budget, share)
+        pieces += _cut(arrays, others, members, token_budget, share)
     pieces.sort(key=lambda piece: -piece[1])  # first fit decreasing; the sort is stable
     bins: list[_Bin] = []
     for members, tokens in pieces:
@@ -353,16 +359,35 @@ def _shared_prefix(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _cut(
-    arrays: list[np.ndarray], members: list[int], budget: int, share: bool
+    arrays: list[np.ndarray],
+    partners: list[np.ndarray | None],
+    members: list[int],
+    budget: int,
+    share: bool,
 ) -> list[tuple[list[int], int]]:
     """Cut one group into pieces of at most `budget` tokens, neighbours in the tree together."""
+
+    def insert(trie: _Trie, s: int) -> None:
+        trie.insert(arrays[s])
+        if (partner := partners[s]) is not None:
+            trie.insert(partner)
+
+    def size(trie: _Trie, s: int) -> int:
+        """Tokens that a sequence and its partner add."""
+        array, partner = arrays[s], partners[s]
+        new = array.size - (trie.match(array) if share else 0)
+        if partner is not None:
+            new += partner.size
+            new -= max(trie.match(partner), _common_prefix(array, partner)) if share else 0
+        return new
+
     trie = _Trie()
     if share:
         order = sorted(
             members, key=lambda s: (arrays[s].tolist(), s)
         )  # neighbours share the longest prefixes
         for s in members:
-            trie.insert(arrays[s])
+            insert(trie, s)
         if trie.num_tokens <= budget:
             return [(members, trie.num_tokens)]
     else:
@@ -371,12 +396,13 @@ def _cut(
     current: list[int] = []
     trie, linear = _Trie(), 0
     for s in order:
-        new = arrays[s].size - (trie.match(arrays[s]) if share else 0)
+        new = size(trie, s)
         if current and linear + new > budget:
             pieces.append((current, linear))
-            current, trie, linear, new = [], _Trie(), 0, arrays[s].size
+            current, trie, linear = [], _Trie(), 0
+            new = size(trie, s)
         current.append(s)
         linear += new
         if share:
-            trie.insert(arrays[s])
+            insert(trie, s)
     return [*pieces, (current, linear)]

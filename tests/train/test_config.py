@@ -80,7 +80,7 @@ def test_presets_set_what_they_say(preset):
         ("- 1", [], r"expected a mapping"),
         ("train: {", [], r"not valid YAML"),
         ("objective: {anchor_probability: 1.5}", [], r"objective.anchor_probability=1.5 cannot be used"),
-        ("objective: {rl_context: both}", [], r"rl_context"),
+        ("objective: {rl_context: every}", [], r"rl_context"),
         ("rollout: {temperature: 0}", [], r"run.yaml: rollout.temperature=0"),
         ("", ["--rollout.temperature", "0"], r"command line: rollout.temperature=0"),
     ],

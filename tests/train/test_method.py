@@ -14,7 +14,7 @@ from pact_fast.envs.toolbox.base_model import base_model_path
 from pact_fast.objective import PRESETS, ObjectiveConfig, Schedule
 from pact_fast.ops import linear_pact_loss
 from pact_fast.rollout import Rollout
-from pact_fast.train.batch import SampleBuilder, trim
+from pact_fast.train.samples import SampleBuilder, trim
 from pact_fast.tree.packing import pack_tree
 from pact_fast.tree.scoring import sequence_logprobs
 from tests.helpers.trainer_steps import gradients, step_samples

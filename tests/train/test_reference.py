@@ -68,11 +68,11 @@ def test_the_kl_term_is_the_k3_estimate_against_the_untrained_policy(make_traine
 
 def test_kl_is_zero_at_the_first_step_and_grows(make_trainer):
     trainer = make_trainer(objective__beta=0.001, train__prompts_per_step=2, train__learning_rate=0.003)
-    before = {name: p.clone() for name, p in trainer.reference.model.named_parameters()}
+    before = {name: p.clone() for name, p in trainer.reference.policy.model.named_parameters()}
     rows = [trainer.train_step(step) for step in range(2)]
     assert abs(rows[0]["kl"]) < 1e-6
     assert rows[1]["kl"] > 1e-5
-    assert all(torch.equal(before[name], p) for name, p in trainer.reference.model.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in trainer.reference.policy.model.named_parameters())
 
 
 @pytest.mark.parametrize("cap", [1.1, 100.0])

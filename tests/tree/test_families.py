@@ -28,7 +28,8 @@ from transformers import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from pact_fast.config import ObjectiveConfig
-from pact_fast.train.batch import Sample, pack_losses
+from pact_fast.train.batch import pack_losses
+from pact_fast.train.samples import Sample
 from pact_fast.tree.families import (
     READERS,
     attention_pairs,

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from pact_fast import Policy, pack_tree
 from pact_fast.config import ObjectiveConfig
 from pact_fast.kernels.tree_attention.reference import tree_mask
-from pact_fast.train.batch import Sample, pack_losses
+from pact_fast.train.batch import pack_losses
 from pact_fast.train.forwards import plan_forwards
+from pact_fast.train.samples import Sample
 from pact_fast.tree.streaming import empty_split, split_tree
 from tests.helpers.trees import pact_sequences, random_sequences, tiny_model
 
