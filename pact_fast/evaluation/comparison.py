@@ -43,7 +43,7 @@ def result_rows(runs: Sequence[FinishedRun], reference: str) -> list[dict[str, A
     """One row per setting x preset x mode x score, on the held-out split (else on validation).
 
     mean, low, high: over seeds (t interval); for `base` over tasks. difference: reference minus preset,
-    paired by seed (t interval over seeds), and a bootstrap over seeds and tasks beside it.
+    paired by the seeds of both (t interval over seeds), and a bootstrap over seeds and tasks beside it.
     """
     rows = []
     for setting in dict.fromkeys(run.setting for run in runs):
@@ -184,6 +184,10 @@ def _row(
 
 
 def _difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]], score: str) -> dict[str, float]:
+    both = [seed for seed in a if seed in b]
+    if not both:
+        raise ValueError(f"no seed in common: {sorted(a)} and {sorted(b)}; give both presets the same ones")
+    a, b = ({seed: blocks[seed] for seed in both} for blocks in (a, b))
     paired = paired_difference({s: x[score] for s, x in a.items()}, {s: x[score] for s, x in b.items()})
     tasks = f"per_task_{score}"
     spread = bootstrap_difference({s: x[tasks] for s, x in a.items()}, {s: x[tasks] for s, x in b.items()})

@@ -9,7 +9,7 @@ A plan:
     reference: pact                        # differences are the reference minus another (default pact)
     overrides: {train.max_steps: 160}      # for every run
     presets:                               # name: {} or {preset: its trainer preset, overrides: {...}}
-      pact: {}
+      pact: {seeds: [0, 1, 2, 3, 4]}       # instead of run.seeds
       pact-q1: {preset: pact, overrides: {objective.anchor_probability: 0.1}}
     settings:                              # name: overrides
       default: {}
@@ -68,6 +68,7 @@ class Preset:
     name: str
     preset: str
     overrides: dict[str, Any]
+    seeds: list[int] | None = None  # in the place of run.seeds
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     presets = []
     for name, entry in raw["presets"].items():
         entry = entry or {}
-        _check_keys(path, f"presets.{name}", entry, {"preset", "overrides"}, set())
-        presets.append(Preset(name, entry.get("preset", name), _flat(entry.get("overrides"))))
+        _check_keys(path, f"presets.{name}", entry, {"preset", "overrides", "seeds"}, set())
+        presets.append(
+            Preset(name, entry.get("preset", name), _flat(entry.get("overrides")), entry.get("seeds"))
+        )
     names = [preset.name for preset in presets]
     settings = {
         name: _flat(overrides) for name, overrides in (raw.get("settings") or {"default": {}}).items()
@@ -194,7 +197,8 @@ def score_runs(plan: Plan, tuned: Mapping[str, Any]) -> list[Run]:
             if plan.tune is not None:
                 source = setting if setting in tuned else plan.tune.settings[0]
                 value = tuned[source][preset.name]["value"]
-            runs += [_make_run(plan, "run", setting, preset, seed, value) for seed in plan.seeds]
+            seeds = plan.seeds if preset.seeds is None else preset.seeds
+            runs += [_make_run(plan, "run", setting, preset, seed, value) for seed in seeds]
     return runs
 
 

@@ -7,7 +7,7 @@ under x by the policy, and A its advantage from rewards:
     gap    = t(c) - log(mean_k exp t(c'_k))                      with them: what a right context adds
     g      = sigmoid(distillation_gate gap)                      1 without a gate
     A'     = A + distillation_weight g gap                       distillation=sampled
-    A'     = A + distillation_weight tanh(gap / tau)             distillation=modulate; 0 past a change of sign
+    A'     = A + distillation_weight tanh(gap / tau)            distillation=modulate; 0 past a change of sign
     loss  += w distillation_weight g D(p_teacher(.|c,y), p(.|x,y))       divergences (ops.linear_divergence)
 
 Nothing here has a gradient. Sources: sampled arXiv 2601.19897 and 2601.18734; gate arXiv 2605.15155; modulate

@@ -1,7 +1,8 @@
 """Checkpoints: atomic, checked, written beside training; safetensors and JSON, nothing is ever unpickled.
 
     run_dir/checkpoints/step-000040/
-        shard-*.safetensors    trainable weights, buffers and optimizer state, each rank its own shard
+        shard-*.safetensors    trainable weights, a teacher's average of them, buffers, optimizer state; each
+                               rank its own shard
                                (torch.distributed.checkpoint; read back on any number of ranks)
         rank-0.json ...        random number generators of each rank
         state.json             what the caller gave: step, counters, scores so far
@@ -39,6 +40,7 @@ from pact_fast.train.optimizer import plain_states, rebuilt_states
 MANIFEST, STATE = "manifest.json", "state.json"
 REPLACED = ".replaced-"  # before the name of a checkpoint while a new one takes its place
 FORMAT = 1
+WEIGHTS = ("model", "average")  # beginnings of names that are no optimizer state
 
 
 class CheckpointError(RuntimeError):
@@ -394,7 +396,7 @@ def empty_optimizer_state(path: Path, metadata: Mapping[str, Any], model: nn.Mod
     empty: dict[str, Tensor] = {}
     for full, meta in metadata.items():
         kind, _, rest = full.partition("/")
-        if kind == "model":
+        if kind in WEIGHTS:
             continue
         name = rest.partition("/")[2]
         if name not in parameters:
@@ -417,7 +419,7 @@ def set_optimizer_state(
     states: dict[str, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         kind, _, rest = full.partition("/")
-        if kind != "model":
+        if kind not in WEIGHTS:
             key, _, name = rest.partition("/")
             states.setdefault(name, {})[key] = value.reshape(()) if kind == "scalar" else value
     for name, values in states.items():

@@ -24,7 +24,7 @@ from pact_fast.train.trainer import Trainer
 from pact_fast.tree.scoring import sequence_logprobs
 from tests.helpers.runs import config
 
-PRESETS = ("pact", "grpo", "matchtir")
+PRESETS = ("pact", "grpo", "matchtir", "opsd", "sdar", "rlcsd", "sdpo")
 
 
 def rollout(rng, trainer, record, solved):

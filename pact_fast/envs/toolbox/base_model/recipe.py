@@ -8,6 +8,9 @@ plans, spelled-out procedures and worked references, on worlds that no split use
 core, the same weights for the same seed, torch and thread count. The base follows the format mostly and
 solves some tasks, well under half; every preset starts from it.
 
+`--reference turns` makes another base, for the question of docs/results.md ("Transfer"): worked references
+stand before it as turns of the conversation, as PACT's `trace_context: concat` shows them.
+
 Left out on purpose: dropout, weight averaging, checkpoints. It is one short run.
 """
 
@@ -63,6 +66,7 @@ class Recipe:
     kv_heads: int = 2
     head_dim: int = 32
     intermediate: int = 256
+    reference: str = "message"  # or "turns": where a worked reference stands
 
 
 def make_base(recipe: Recipe, out: Path) -> None:
@@ -77,7 +81,7 @@ def make_base(recipe: Recipe, out: Path) -> None:
     drills = recipe.drill_steps * recipe.batch_rows
     records = base_records(drills, recipe.seed + 1, DRILL)
     records += base_records(recipe.steps * recipe.batch_rows - drills, recipe.seed)
-    rows = [conversation(chat, record) for record in records]
+    rows = [conversation(chat, record, recipe.reference) for record in records]
     train(model, rows, recipe)
     out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(out)
@@ -111,9 +115,15 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3Con
     )
 
 
-def conversation(chat: ChatFormat, record: Record) -> Tokens:
-    reference = record.env.get("reference")
-    privileged = chat.render_trace(reference) if reference else None
+def conversation(chat: ChatFormat, record: Record, reference: str = "message") -> Tokens:
+    """A record as the model is taught it; its worked reference, if any, in the user message or as turns,
+    then without the answer and not taught."""
+    shown = record.env.get("reference")
+    if shown and reference == "turns":
+        turns = chat.trace(shown if shown[-1]["role"] == "tool" else shown[:-1])
+        turns.components = [int(Component.CONTEXT)] * len(turns)
+        return chat.prompt(record.prompt, record.tools) + turns + chat.trace(record.expert_trace)
+    privileged = chat.render_trace(shown) if shown else None
     return chat.prompt(record.prompt, record.tools, privileged=privileged) + chat.trace(record.expert_trace)
 
 
@@ -194,8 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--reference", choices=("message", "turns"), default=Recipe.reference)
     arguments = parser.parse_args(argv)
-    make_base(Recipe(seed=arguments.seed, steps=arguments.steps), arguments.out)
+    made = Recipe(seed=arguments.seed, steps=arguments.steps, reference=arguments.reference)
+    make_base(made, arguments.out)
     return 0
 
 
