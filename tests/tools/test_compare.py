@@ -13,8 +13,12 @@ import yaml
 from rich.console import Console
 
 from pact_fast.commands.compare import main
+from pact_fast.config import load_config
 from pact_fast.evaluation.stats import paired_difference
 from pact_fast.evaluation.sweep import choose, compare, execute, load_plan, score_runs, tune_runs
+from pact_fast.objective import PRESETS
+
+ROOT = Path(__file__).parents[2]
 
 # Takes the trainer's words and writes its summary.json: what is tested here is who runs when, and on what.
 STAND_IN = """
@@ -97,6 +101,42 @@ def test_both_phases_choose_on_validation_and_score_once(tmp_path, command):
     assert float(solved["perfect", "pact"]["mean"]) > float(solved["default", "pact"]["mean"])
     assert {"results.csv", "runs.csv", "results.md", "results.png"} <= {p.name for p in plan.out.iterdir()}
     assert "| pact | 2 |" in (plan.out / "results.md").read_text()
+
+
+def test_a_preset_may_have_more_seeds_and_is_paired_on_those_of_both(tmp_path, command):
+    presets = {"pact": {"seeds": [0, 1, 2, 3]}, "grpo": {}, "sft": {"preset": "grpo", "seeds": [8]}}
+    plan = write_plan(
+        tmp_path, tune=None, settings={"default": {}}, presets={"pact": presets["pact"], "grpo": {}}
+    )
+    path = compare(plan, console=quiet(), command=command)
+    assert starts(plan) == 4 + 3
+    rows = {
+        r["preset"]: r
+        for r in csv.DictReader(path.read_text().splitlines())
+        if (r["mode"], r["score"]) == ("sampled", "solved")
+    }
+    assert (rows["pact"]["seeds"], rows["grpo"]["seeds"]) == ("4", "3")
+    solved = {
+        name: {
+            run.seed: run.summary()["final"]["test"]["sampled"]["solved"]
+            for run in score_runs(plan, {})
+            if run.preset == name and run.seed < 3
+        }
+        for name in ("pact", "grpo")
+    }
+    expected = paired_difference(solved["pact"], solved["grpo"])
+    assert float(rows["grpo"]["difference"]) == pytest.approx(expected.mean, rel=1e-4)
+    apart = write_plan(tmp_path, tune=None, settings={"default": {}}, presets=presets)
+    with pytest.raises(ValueError, match=r"no seed in common: \[0, 1, 2, 3\] and \[8\]"):
+        compare(apart, console=quiet(), command=command)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*-plan.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_a_bundled_plan_is_a_config_that_can_be_used(path):
+    plan = load_plan(path)
+    tuned = {s: {p.name: {"value": 1e-3} for p in plan.presets} for s in plan.settings}
+    for run in {run.arguments[:-6]: run for run in tune_runs(plan) + score_runs(plan, tuned)}.values():
+        assert load_config(ROOT / run.arguments[1], run.arguments[2:]).preset in PRESETS
 
 
 def test_finished_runs_are_not_run_again_and_a_failed_one_is(tmp_path, command):
