@@ -105,18 +105,21 @@ def pack_distillation(
         pairs = Pairs.of(learning, own, pack.token_index[len(samples) :])
         return distillation_loss(hidden, policy.head, pairs, *arguments)
     read = teacher_pack(learning)
+    made: list[tuple[Tensor, Tensor]] = []
 
-    def with_teacher() -> tuple[Tensor, Tensor] | None:
+    def compare() -> Tensor:
         with teacher.reading():
             theirs, head = teacher.policy.hidden(read), teacher.policy.head
-        if not learning:
-            return None
-        pairs = Pairs.of(learning, own, read.token_index)
-        if teacher.policy is policy:  # adapters off: the head is the same
-            return distillation_loss(hidden, policy.head, pairs, *arguments, teacher_hidden=theirs)
-        return distillation_loss(hidden, policy.head, pairs, *arguments, theirs, head.weight)
+        if learning:
+            pairs = Pairs.of(learning, own, read.token_index)
+            other = () if teacher.policy is policy else (head.weight,)  # adapters off: the head is the same
+            made.append(distillation_loss(hidden, policy.head, pairs, *arguments, theirs, *other))
+        # The loss goes past FSDP: its hooks would fetch the teacher's weights in the backward, where no rank
+        # needs them and not every rank has a loss.
+        return torch.zeros(())
 
-    return with_teacher() if teacher.policy is policy else teacher.sharded.run(with_teacher)
+    _ = compare() if teacher.policy is policy else teacher.sharded.run(compare)
+    return made[0] if made else None
 
 
 def check_head(head: HeadParams, objective: ObjectiveConfig) -> None:
