@@ -1,6 +1,6 @@
 """One CPU training step of the default config on real rollouts: one token tree against one-by-one packing.
 
-    pact-fast bench step [CONFIG] [--steps 5] [--rounds 3] [--out PATH]
+    pact-fast bench step [CONFIG] [--preset pact] [--steps 5] [--rounds 3] [--out PATH]
 
 Both lay out the same samples and run the same forward, loss and backward; they are timed in turn, in one
 process, after their losses and gradients have been compared: on the wall, and by the processor's time, which
@@ -40,7 +40,12 @@ def run(trainer: Trainer, samples: list[Sample], packing: str) -> dict[str, torc
     trainer.model.zero_grad()
     loss, tokens, config = 0.0, 0, trainer.config
     for pack in pack_losses(
-        trainer.policy, samples, config.objective, token_budget=config.train.token_budget, packing=packing
+        trainer.policy,
+        samples,
+        config.objective,
+        token_budget=config.train.token_budget,
+        packing=packing,
+        teacher=trainer.teacher,
     ):
         pack.loss.backward()
         loss, tokens = loss + float(pack.loss.detach()), tokens + pack.num_tokens
@@ -54,13 +59,16 @@ def main(argv: Sequence[str]) -> int:
         prog="pact-fast bench step", description=__doc__, formatter_class=formatter
     )
     parser.add_argument("config", nargs="?", default="configs/toolbox.yaml")
+    parser.add_argument("--preset", default="pact", help="method (default pact)")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="of each step (default 3)")
     parser.add_argument("--out", type=Path, default=LOCAL, help=OUT_HELP)
     args = parser.parse_args(argv)
     out = Rows(args.out, "cpu")
     overrides = {"run.dir": "runs/bench", "run.device": "cpu", "eval.score_test": "false"}
-    trainer = Trainer(load_config(args.config, [w for k, v in overrides.items() for w in (f"--{k}", v)]))
+    words = [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    trainer = Trainer(load_config(args.config, ["--preset", args.preset, *words]))
+    mode = "whole" if args.preset == "pact" else args.preset
     samples_of: dict[str, dict[str, list[float]]] = {}
     tokens: dict[str, list[int]] = {p: [] for p in PACKINGS}
     for step in range(args.steps):
@@ -80,10 +88,10 @@ def main(argv: Sequence[str]) -> int:
     shape = " ".join(f"{packing}={statistics.mean(tokens[packing]):.0f}" for packing in PACKINGS)
     for kind, times in samples_of.items():
         for name, values in times.items():
-            out.add("trainer_step", name, "whole", shape, torch.float32, kind, "ms", values)
+            out.add("trainer_step", name, mode, shape, torch.float32, kind, "ms", values)
         pairs = zip(times["pact_fast/tree"], times["pact_fast/none"], strict=True)
         ratios, metric = [none / tree for tree, none in pairs], f"{kind} over the tree's"
-        out.add("trainer_step", "pact_fast/none", "whole", shape, torch.float32, metric, "x", ratios)
+        out.add("trainer_step", "pact_fast/none", mode, shape, torch.float32, metric, "x", ratios)
     print("losses are equal to 1e-5, gradients to 1e-4")
     return out.status()
 
