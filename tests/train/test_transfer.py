@@ -61,10 +61,9 @@ def test_under_the_same_context_transfer_is_whole(make_trainer):
     trainer = make_trainer("pact-no-sft")
     samples, _, _ = step_samples(trainer)
     records = {r.id: r for r in trainer.records}
-    trainer.builder.privileged_prompt = lambda record: trainer.builder.prompt(record).ids
     bare = [trainer.builder.prompt(records[s.record_id]).ids for s in samples]
     for sample, x in zip(samples, bare, strict=True):
-        start = int(sample.live()[0])  # the first sampled token follows the context
+        start, sample.start = sample.start, len(x)
         for name in ("ids", "policy_weight", "advantages", "sft_weight", "engine_logprobs"):
             head = torch.tensor(x) if name == "ids" else torch.zeros(len(x))
             setattr(sample, name, torch.cat([head, getattr(sample, name)[start:]]))
