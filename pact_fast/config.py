@@ -441,6 +441,9 @@ def _combinations(config: Config) -> Iterator[tuple[str, object, str]]:
         yield "rollout.num_generations", r.num_generations, want
     if alone and o.shows_privileged and (o.privileged == ["peer"] or o.contrast == "peer"):
         yield "rollout.num_generations", r.num_generations, "2 or more: a rollout alone has no peer"
+    if t.prefix == "stream" and o.diverges:
+        want = "auto: where distributions are distilled, student and teacher rows meet in one forward"
+        yield "train.prefix", t.prefix, want
     if t.warmup_steps >= t.max_steps and t.warmup_steps:
         yield "train.warmup_steps", t.warmup_steps, f"fewer than train.max_steps={t.max_steps}"
     if t.num_mini_batches > t.prompts_per_step:

@@ -26,7 +26,7 @@ from pact_fast.train.old_logprobs import TokenGaps, score_gaps
 from pact_fast.train.samples import SampleBuilder
 from pact_fast.train.score import learn_from_gaps
 from pact_fast.tree.packing import pack_tree, plan_packs
-from tests.helpers.runs import config, curve, same_weights, weights
+from tests.helpers.runs import config, curve, same_weights, tiny_experts, weights
 
 RELATIVES = ("sdft", "opsd-sampled", "opsd", "sdpo", "sdar", "pi-distill", "rlcsd")
 TRACE = (
@@ -327,6 +327,19 @@ def test_loss_and_gradient_equal_those_of_separate_forwards(make_trainer, case):
         assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5, keys
 
 
+def test_routers_balance_the_samples_alone_whatever_the_packs(make_trainer):
+    """The load-balancing loss of experts is of the update's own tokens; those a teacher reads beside them
+    do not count, so packs and budgets change nothing."""
+    trainer = make_trainer("opsd", model__path=tiny_experts(), objective__teacher="live")
+    samples = drawn(trainer)
+    trainer.model.train()
+    whole, gradient, _ = step_loss(trainer, samples)
+    for keys in ({"token_budget": 500}, {"packing": "none"}):
+        loss, other, _ = step_loss(trainer, samples, **keys)
+        assert loss == pytest.approx(whole, rel=1e-5), keys
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-4, keys
+
+
 def test_x_and_c_of_all_rollouts_are_one_tree(make_trainer):
     """x + h + 2 G y tokens go through the model with a live teacher, each once; x + G y and, in a second
     forward, x + h + G y with another one."""
@@ -538,6 +551,7 @@ def test_every_preset_trains_20_steps_and_goes_the_way_of_its_loss(make_trainer,
         ("rlcsd", ["--rollout.num_generations", "1"], r"rollout.num_generations=1"),
         ("opsd", ["--objective.privileged", "gold"], r"objective.privileged=\['gold'\].*trace, peer"),
         ("opsd", ["--objective.privileged", "hint,hint"], r"each once"),
+        ("opsd", ["--train.prefix", "stream"], r"train.prefix='stream'.*give auto"),
         ("opsd", ["--objective.distillation_topk", "0"], r"objective.distillation_topk=0"),
     ],
 )
