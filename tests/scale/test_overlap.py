@@ -95,10 +95,10 @@ class Watch:
             self.rollouts[step] = rollout(records, step)
             return self.rollouts[step]
 
-        def watched_score(mini_batches, records, old):
+        def watched_score(mini_batches, records, old, gauge):
             before = [(s, s.advantages) for part in mini_batches for s in part if s.is_policy]
             begin = time.monotonic()
-            row = score(mini_batches, records, old)
+            row = score(mini_batches, records, old, gauge)
             self.training.append((self.step, begin, time.monotonic()))
             self.scored[self.step] = [(s, old, s.advantages) for s, old in before]
             return row
