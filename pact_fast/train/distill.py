@@ -96,6 +96,8 @@ def pack_distillation(
     pack: of the tokens of `samples`, and behind them, with a live teacher, of the `teacher_ids` of those that
     are distilled.
     """
+    if not objective.diverges:
+        return None
     chosen = [(s, index) for s, index in zip(samples, pack.token_index, strict=False) if len(s.distilled())]
     learning, own = [s for s, _ in chosen], [index for _, index in chosen]
     arguments = (objective, temperature, impl)
