@@ -7,7 +7,7 @@ Every training method is a choice of these weights over the same packed pass (ar
 from pact_fast.objective.advantages import ADVANTAGE_MIXES, ADVANTAGE_MODES, group_advantages, turn_advantages
 from pact_fast.objective.anchoring import anchor_mask
 from pact_fast.objective.checks import objective_problems
-from pact_fast.objective.distillation import distillation_strength, shaped_advantages, token_gaps
+from pact_fast.objective.distillation import shaped_advantages, token_gaps, token_gates
 from pact_fast.objective.presets import PRESETS, SOURCES, ObjectiveConfig
 from pact_fast.objective.schedules import (
     Schedule,
@@ -35,7 +35,6 @@ __all__ = [
     "Schedule",
     "anchor_mask",
     "chord_mu",
-    "distillation_strength",
     "group_advantages",
     "objective_problems",
     "policy_token_weight",
@@ -45,6 +44,7 @@ __all__ = [
     "sft_token_weights",
     "shaped_advantages",
     "token_gaps",
+    "token_gates",
     "tool_call_scale",
     "turn_advantages",
 ]

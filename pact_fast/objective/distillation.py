@@ -33,17 +33,16 @@ def token_gaps(privileged: Tensor, prompt_only: Tensor | None, wrong: Sequence[T
     return privileged - prompt_only
 
 
-def distillation_strength(gaps: Tensor, objective: ObjectiveConfig) -> Tensor:
-    """Factor [n] on what is distilled from each token: distillation_weight, through the gate where there is
-    one."""
+def token_gates(gaps: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """Factor g [n] on what is distilled from each token; 1 without a gate."""
     if objective.distillation_gate is None:
-        return torch.full_like(gaps, objective.distillation_weight)
-    return objective.distillation_weight * torch.sigmoid(objective.distillation_gate * gaps)
+        return torch.ones_like(gaps)
+    return torch.sigmoid(objective.distillation_gate * gaps)
 
 
 def shaped_advantages(advantages: Tensor, gaps: Tensor, objective: ObjectiveConfig) -> Tensor:
     """Advantages [n] from those of rewards [n] and the gaps [n]; as they are where distributions teach."""
-    strength = distillation_strength(gaps, objective)
+    strength = objective.distillation_weight * token_gates(gaps, objective)
     if objective.distillation == "sampled":
         return advantages + strength * gaps
     if objective.distillation == "modulate":

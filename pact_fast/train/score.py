@@ -8,7 +8,7 @@ from typing import Any
 from pact_fast.config import Config, ObjectiveConfig
 from pact_fast.data.records import Record
 from pact_fast.distributed import Sharded
-from pact_fast.objective import distillation_strength, shaped_advantages
+from pact_fast.objective import shaped_advantages, token_gates
 from pact_fast.train.old_logprobs import (
     TokenGaps,
     gap_metrics,
@@ -80,6 +80,5 @@ def learn_from_gaps(sample: Sample, found: TokenGaps, objective: ObjectiveConfig
     sample.advantages = sample.advantages.clone()
     sample.advantages[behind] = shaped_advantages(sample.advantages[behind], found.gaps, objective)
     if sample.distill_weight is not None:
-        gate = distillation_strength(found.gaps, objective) / objective.distillation_weight
         sample.distill_weight = sample.distill_weight.clone()
-        sample.distill_weight[behind] *= gate
+        sample.distill_weight[behind] *= token_gates(found.gaps, objective)

@@ -1,6 +1,7 @@
 """What the documents say of the code holds: paths exist, the walk is true, keys have the stated defaults."""
 
 import ast
+import csv
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from bench.rows import read_csv
 from pact_fast import config as configs
 from pact_fast import metrics
+from pact_fast.evaluation.stats import paired_difference
 from pact_fast.objective import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +182,46 @@ def test_no_page_says_that_the_gpu_was_never_measured():
         text = " ".join(page.read_text().split())
         stale = re.search(r"has not been measured|Nothing has been timed on a GPU|No GPU could be had", text)
         assert not stale, f"{page.name}: {stale[0]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        (
+            "table2",
+            [
+                ("pact-no-sft", "matchtir", "sampled"),
+                ("prompt-rl+sft", "matchtir", "sampled"),
+                ("prompt-rl+sft", "pact-no-anchor", "sampled"),
+                ("pact-no-anchor", "pact-no-sft", "sampled"),
+                ("pact", "sft-then-matchtir", "sampled"),
+                ("pact", "matchtir", "sampled"),
+                ("pact-toolbox", "prompt-rl+sft", "sampled"),
+            ],
+        ),
+        ("contexts", [("sdar", "grpo", "sampled"), ("rlcsd", "grpo", "sampled")]),
+        (
+            "turns",
+            [
+                ("opsd", other, mode)
+                for other in ("matchtir", "prompt-rl+sft")
+                for mode in ("sampled", "greedy")
+            ],
+        ),
+    ],
+)
+def test_differences_that_the_results_state_are_those_of_the_runs(name, pairs):
+    """Mean and 95% interval over the seeds that both presets have, from docs/<name>-runs.csv."""
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    rows = list(csv.DictReader((ROOT / "docs" / f"{name}-runs.csv").open()))
+    for one, other, mode in pairs:
+        solved = [
+            {r["seed"]: float(r["solved"]) for r in rows if (r["preset"], r["mode"]) == (preset, mode)}
+            for preset in (one, other)
+        ]
+        both = solved[0].keys() & solved[1].keys()
+        d = paired_difference(*({seed: side[seed] for seed in sorted(both)} for side in solved))
+        text = f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
+        assert text.removeprefix("+") in page, (
+            f"{one} minus {other}, {mode}: {text} is not in docs/results.md"
+        )
